@@ -1,0 +1,26 @@
+PYTHON := .venv/bin/python
+
+.PHONY: install demo test check benchmark
+
+install: .venv/.installed
+
+# torch goes first: its build (CPU or CUDA) is then settled before anything else asks for it.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(PYTHON) || python3 -m venv .venv
+	$(PYTHON) -m pip install -c constraints.txt torch
+	$(PYTHON) -m pip install -c constraints.txt -e '.[data,dev]'
+	touch $@
+
+demo: install
+	$(PYTHON) scripts/demo.py
+
+test: install
+	$(PYTHON) -m pytest
+
+check: install
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+benchmark: install
+	$(PYTHON) scripts/benchmark.py

@@ -1,0 +1,106 @@
+"""Actions: how a decision moves each control's offset from a base schedule."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+
+import numpy as np
+
+from hpo_env.hyperparameters import CONTROLS, Array, finite_positive
+
+
+@dataclass(frozen=True)
+class BaseSchedule:
+    """What an untouched run follows: warm-up and cosine decay of the learning rate, the other controls constant.
+
+    Attributes:
+        lr: peak learning rate.
+        warmup: share of the run over which the learning rate rises linearly from zero.
+    """
+
+    lr: float
+    batch_size: float
+    weight_decay: float
+    dropout: float
+    warmup: float = 0.05
+
+    def __post_init__(self) -> None:
+        finite_positive("lr", self.lr)
+        finite_positive("batch_size", self.batch_size)
+
+    def values(self, progress: Array) -> dict[str, Array]:
+        """Values over an interval whose middle lies at `progress` (0..1 of the run), each in the shape of `progress`."""
+        decay = 0.5 * (1 + np.cos(math.pi * np.clip(progress, 0, 1)))
+        rise = np.minimum(1.0, progress / self.warmup) if self.warmup else np.ones_like(progress)
+        constant = {name: np.full_like(progress, getattr(self, name)) for name in CONTROLS if name != "lr"}
+        return {"lr": self.lr * decay * rise, **constant}
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+CALIBRATION_FILE = "base_schedule.json"
+
+
+def calibrated(optimizer: str) -> BaseSchedule:
+    """The base schedule that `scripts/calibrate.py` found best on average over meta-train, for `adamw` or `sgd`."""
+    table = json.loads(resources.files("hpo_env").joinpath(CALIBRATION_FILE).read_text())
+    if optimizer not in table["schedules"]:
+        raise ValueError(f"no calibrated schedule for optimizer {optimizer!r}; known: {', '.join(table['schedules'])}")
+    return BaseSchedule(**table["schedules"][optimizer])
+
+
+@dataclass(frozen=True)
+class Range:
+    """How far decisions reach, in the control's scale units (natural log, logit).
+
+    Attributes:
+        first: largest move of the first decision, which chooses the start.
+        step: largest move of a later decision.
+        limit: largest offset from the base schedule.
+    """
+
+    first: float
+    step: float
+    limit: float
+
+
+RANGES: dict[str, Range] = {
+    "lr": Range(first=math.log(10), step=math.log(2), limit=math.log(30)),
+    "batch_size": Range(first=math.log(4), step=math.log(2), limit=math.log(16)),
+    "weight_decay": Range(first=math.log(30), step=math.log(3), limit=math.log(300)),
+    "dropout": Range(first=2.5, step=1.0, limit=5.0),
+}
+
+
+def move(offsets: Array, actions: Array, first: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Array:
+    """New offsets after a decision.
+
+    Args:
+        offsets: `[runs, controls]`, in scale units.
+        actions: `[runs, controls]` in -1..1 (clipped); NaN stays.
+        first: `[runs]`, whether this is a run's first decision.
+    """
+    actions = np.clip(np.nan_to_num(actions), -1, 1)
+    ranges = [RANGES[name] for name in CONTROLS]
+    reach = np.where(first[:, None], [r.first for r in ranges], [r.step for r in ranges])
+    limit = np.array([r.limit for r in ranges])
+    return np.asarray(np.clip(offsets + reach * actions, -limit, limit))
+
+
+def apply_offsets(base: Mapping[str, Array], offsets: Array) -> dict[str, Array]:
+    """Base values moved by `offsets` on each control's scale. A zero offset leaves the base value as it is.
+
+    Args:
+        base: control -> `[runs]`.
+        offsets: `[runs, controls]`.
+    """
+    values = {}
+    for column, (name, control) in zip(offsets.T, CONTROLS.items(), strict=True):
+        moved = control.from_scale(control.to_scale(base[name]) + column)
+        values[name] = np.where(column == 0, base[name], moved)
+    return values

@@ -1,0 +1,175 @@
+"""Hyperparameters: their ranges and scales, and reading and writing them on a torch run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from inner_models.sampling import MICRO_BATCH
+
+Array = NDArray[np.float64]
+Scale = Literal["linear", "log", "logit"]
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """A hyperparameter, its range, and the scale on which equal steps matter equally.
+
+    Attributes:
+        low, high: range of values, both attainable.
+        scale: `linear`, `log` (positive values) or `logit` (values in 0..1, both ends excluded).
+        multiple: values are rounded to a multiple of this; 0 for none.
+    """
+
+    name: str
+    low: float
+    high: float
+    scale: Scale
+    multiple: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"{self.name}: low must be below high, not {self.low} and {self.high}")
+        if (self.scale == "log" and self.low <= 0) or (self.scale == "logit" and not 0 < self.low < self.high < 1):
+            raise ValueError(f"{self.name}: range {self.low}..{self.high} does not fit the {self.scale} scale")
+
+    def to_scale(self, value: Array) -> Array:
+        """Value -> its scale's units (value, log value or logit value); values outside the range are clipped to it."""
+        value = np.clip(value, self.low, self.high)
+        if self.scale == "log":
+            return np.asarray(np.log(value))
+        return np.asarray(np.log(value) - np.log1p(-value)) if self.scale == "logit" else value
+
+    def from_scale(self, scaled: Array) -> Array:
+        """The inverse of `to_scale`, clipped to the range and rounded to `multiple`."""
+        low, high = self.to_scale(np.array([self.low, self.high]))
+        value = np.clip(scaled, low, high)
+        if self.scale == "log":
+            value = np.exp(value)
+        elif self.scale == "logit":
+            value = 1 / (1 + np.exp(-value))
+        value = np.clip(value, self.low, self.high)
+        return np.rint(value / self.multiple) * self.multiple if self.multiple else value
+
+    def normalize(self, value: Array) -> Array:
+        """Value -> 0..1 on its scale."""
+        low, high = self.to_scale(np.array([self.low, self.high]))
+        return np.asarray((self.to_scale(value) - low) / (high - low))
+
+    def denormalize(self, unit: Array) -> Array:
+        """The inverse of `normalize`."""
+        low, high = self.to_scale(np.array([self.low, self.high]))
+        return self.from_scale(low + np.asarray(unit) * (high - low))
+
+
+CONTROLS: dict[str, Hyperparameter] = {
+    control.name: control
+    for control in (
+        Hyperparameter("lr", 1e-6, 1.0, "log"),
+        Hyperparameter("batch_size", MICRO_BATCH, 256, "log", multiple=MICRO_BATCH),
+        Hyperparameter("weight_decay", 1e-6, 3.0, "log"),
+        Hyperparameter("dropout", 0.005, 0.5, "logit"),
+    )
+}
+"""The hyperparameters that a policy moves, in the order of its actions."""
+
+
+class HasBatchSize(Protocol):
+    """Anything with a settable `batch_size`."""
+
+    batch_size: int
+
+
+class Binding:
+    """Reads and writes controls on a torch optimizer, a module's dropout layers and a batch sampler.
+
+    Parameter groups keep their ratios: a group's learning rate stays at its share of the largest one, its weight decay
+    likewise, and groups without decay stay so. Dropout layers keep their ratios to the largest rate.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer` whose groups have `lr`.
+        model: where to look for dropout layers; `dropout` is not available without one.
+        batch_sampler: what to set `batch_size` on; `batch_size` is not available without it.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module | None = None,
+        batch_sampler: HasBatchSize | None = None,
+    ) -> None:
+        self._groups = optimizer.param_groups
+        self._sampler = batch_sampler
+        self._dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)] if model else []
+        self._shares = {
+            "lr": _shares([float(group["lr"]) for group in self._groups]),
+            "weight_decay": _shares([float(group.get("weight_decay", 0.0)) for group in self._groups]),
+            "dropout": _shares([module.p for module in self._dropouts]),
+        }
+
+    @property
+    def available(self) -> tuple[str, ...]:
+        """Names of the controls that this run has."""
+        has = {
+            "lr": True,
+            "batch_size": self._sampler is not None,
+            "weight_decay": any("weight_decay" in group for group in self._groups),
+            "dropout": bool(self._dropouts),
+        }
+        return tuple(name for name in CONTROLS if has[name])
+
+    def read(self) -> dict[str, float]:
+        """The run's present values of its available controls."""
+        values = {"lr": max(float(group["lr"]) for group in self._groups)}
+        if self._sampler is not None:
+            values["batch_size"] = float(self._sampler.batch_size)
+        if "weight_decay" in self.available:
+            values["weight_decay"] = max(float(group.get("weight_decay", 0.0)) for group in self._groups)
+        if self._dropouts:
+            values["dropout"] = max(module.p for module in self._dropouts)
+        return values
+
+    def write(self, values: Mapping[str, float]) -> None:
+        """Set controls; names that the run does not have are an error."""
+        unknown = [name for name in values if name not in self.available]
+        if unknown:
+            raise ValueError(f"this run has no {', '.join(unknown)}; it has {', '.join(self.available)}")
+        for name, value in values.items():
+            if name == "batch_size":
+                assert self._sampler is not None
+                self._sampler.batch_size = int(value)
+            elif name == "dropout":
+                for module, share in zip(self._dropouts, self._shares[name], strict=True):
+                    module.p = value * share
+            else:
+                for group, share in zip(self._groups, self._shares[name], strict=True):
+                    _set(group, name, value * share)
+
+
+def _shares(values: list[float]) -> list[float]:
+    """Each value's share of the largest; all ones where every value is zero."""
+    largest = max(values, default=0.0)
+    return [value / largest for value in values] if largest > 0 else [1.0] * len(values)
+
+
+def _set(group: dict[str, Any], name: str, value: float) -> None:
+    if name == "weight_decay" and name not in group:
+        return
+    if isinstance(group[name], torch.Tensor):  # a capturable optimizer keeps its lr on the device
+        group[name].fill_(value)
+    else:
+        group[name] = value
+
+
+def finite_positive(name: str, value: float) -> float:
+    """Return `value`, or raise a ValueError that names it."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive number, not {value}")
+    return value

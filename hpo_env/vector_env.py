@@ -1,0 +1,223 @@
+"""`HPOVectorEnv`: many inner training runs, trained together by the batched engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from hpo_env.actions import BaseSchedule, calibrated
+from hpo_env.control import ControlLoop
+from hpo_env.env import INFO_KEYS, Variation, action_space, draw_episode, observation_space, resolve_tasks
+from hpo_env.hyperparameters import CONTROLS, Array
+from hpo_env.rewards import diverged, log_fall
+from inner_models.batched_training import BatchedTraining
+from inner_models.tasks import Task, TaskDistribution, prepare
+
+Batch = NDArray[np.float32]
+
+
+class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
+    """`HPOEnv` over the batched engine: the same episodes, step by step, for equal seeds.
+
+    The sub-environments are divided into cohorts of equal size. The replicas of a cohort share a task and train as one
+    batch. With a task distribution, a cohort draws a new task once the task's horizon is over; a replica that ends
+    early (diverged) starts again on the same task, and is truncated if its cohort moves on before it is done.
+
+    Autoreset happens in the same step (`AutoresetMode.SAME_STEP`): `infos["final_obs"]` and `infos["final_info"]` hold
+    the end of the old episode. `reset(seed=s)` gives sub-environment i the seed s + i, as Gymnasium's own do.
+
+    Args:
+        num_envs: sub-environments, a multiple of `cohorts`.
+        cohorts: number of tasks under way at a time.
+        task, tasks, variation, base, device, dtype: as for `HPOEnv`.
+
+    Attributes:
+        cohort_of: `[num_envs]`, each sub-environment's cohort.
+        intervals: `[num_envs]`, intervals finished in the current episode (0 right after a reset).
+        tasks: the task of each cohort.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # type: ignore[misc]
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        task: Task | str | None = None,
+        tasks: TaskDistribution | None = None,
+        cohorts: int = 1,
+        variation: Variation | None = None,
+        base: BaseSchedule | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        render_mode: None = None,
+    ) -> None:
+        if num_envs < 1 or cohorts < 1 or num_envs % cohorts:
+            raise ValueError(f"num_envs must be a positive multiple of cohorts, not {num_envs} for {cohorts} cohorts")
+        self.num_envs = num_envs
+        source = resolve_tasks(task, tasks)
+        size = num_envs // cohorts
+        self._cohorts = [
+            _Cohort(size, source, variation or Variation(), base, torch.device(device), dtype) for _ in range(cohorts)
+        ]
+        self.single_observation_space = observation_space()
+        self.single_action_space = action_space()
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.cohort_of = np.repeat(np.arange(cohorts), size)
+
+    @property
+    def tasks(self) -> list[Task]:
+        return [cohort.task for cohort in self._cohorts]
+
+    @property
+    def intervals(self) -> NDArray[np.int64]:
+        return np.concatenate([cohort.loop.state.telemetry.interval for cohort in self._cohorts])
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Batch, dict[str, Any]]:
+        """Begin an episode everywhere. `options={"task": Task}` chooses the task of all cohorts for this episode."""
+        super().reset(seed=seed if isinstance(seed, int) else None)
+        if seed is None or isinstance(seed, int | np.integer):
+            seeds: list[int | None] = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        else:
+            seeds = list(seed)
+        size = self.num_envs // len(self._cohorts)
+        for index, cohort in enumerate(self._cohorts):
+            cohort.reset(seeds[index * size : (index + 1) * size], (options or {}).get("task"))
+        return self._observations(), self._infos([cohort.info for cohort in self._cohorts])
+
+    def step(
+        self, actions: Batch
+    ) -> tuple[Batch, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        parts = np.split(np.asarray(actions, np.float64), len(self._cohorts))
+        for cohort, part in zip(self._cohorts, parts, strict=True):
+            cohort.step(part)
+        terminated = np.concatenate([cohort.terminated for cohort in self._cohorts])
+        truncated = np.concatenate([cohort.truncated for cohort in self._cohorts])
+        over = terminated | truncated
+        infos: dict[str, Any] = {}
+        if over.any():
+            final_obs = np.full(self.num_envs, None, dtype=object)
+            ended = np.concatenate([cohort.final_obs for cohort in self._cohorts])
+            for index in np.flatnonzero(over):
+                final_obs[index] = ended[index]
+            final = self._infos([cohort.final_info for cohort in self._cohorts], over)
+            infos = {"final_obs": final_obs, "_final_obs": over, "final_info": final, "_final_info": over.copy()}
+        infos |= self._infos([cohort.info for cohort in self._cohorts])
+        rewards = np.concatenate([cohort.rewards for cohort in self._cohorts])
+        return self._observations(), rewards, terminated, truncated, infos
+
+    def _observations(self) -> Batch:
+        return np.concatenate([cohort.loop.observe() for cohort in self._cohorts])
+
+    def _infos(self, infos: list[dict[str, NDArray[Any]]], mask: NDArray[np.bool_] | None = None) -> dict[str, Any]:
+        """Gymnasium's form: an array a key, and under `_key` where it holds."""
+        present = np.ones(self.num_envs, bool) if mask is None else mask
+        result: dict[str, Any] = {}
+        for key in INFO_KEYS:
+            values = np.concatenate([info[key] for info in infos])
+            result[key] = np.where(present, values, np.zeros_like(values))
+            result[f"_{key}"] = present.copy()
+        return result
+
+
+class _Cohort:
+    """Replicas that share a task."""
+
+    def __init__(
+        self,
+        size: int,
+        source: Task | TaskDistribution,
+        variation: Variation,
+        base: BaseSchedule | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._size, self._source, self._variation = size, source, variation
+        self._base, self._device, self._dtype = base, device, dtype
+        self._rngs: list[np.random.Generator] = [seeding.np_random(None)[0] for _ in range(size)]
+        self.final_info: dict[str, NDArray[Any]] = {}
+        self._training: BatchedTraining | None = None
+
+    def reset(self, seeds: Sequence[int | None], task: Task | None) -> None:
+        for index, seed in enumerate(seeds):
+            if seed is not None:
+                self._rngs[index], _ = seeding.np_random(seed)
+        self._begin(task)
+
+    def _begin(self, task: Task | None = None) -> None:
+        """Start all replicas on one task: `task`, or the next one."""
+        if task is None:
+            # One draw a cohort; a single replica's episode then equals HPOEnv's with the same seed.
+            task = self._source if isinstance(self._source, Task) else self._source.sample(self._rngs[0])
+        self.task = task
+        episodes = [draw_episode(rng, self._variation) for rng in self._rngs]
+        data = prepare(task)
+        self._training = BatchedTraining(
+            task, [e.seed for e in episodes], data=data, device=self._device, dtype=self._dtype
+        )
+        self.loop = ControlLoop(
+            self._size,
+            horizon=task.horizon,
+            base=self._base or calibrated(task.optimizer),
+            parameters=self._training.parameters,
+            momentum_sgd=task.optimizer == "sgd",
+        )
+        self._age = 0
+        self._initial = np.zeros(self._size)
+        self._previous = np.zeros(self._size)
+        self.info: dict[str, NDArray[Any]] = {
+            key: np.zeros(self._size, bool if key == "diverged" else float) for key in INFO_KEYS
+        }
+        self._restart(list(range(self._size)), episodes)
+
+    def _restart(self, rows: list[int], episodes: Sequence[Any]) -> None:
+        assert self._training is not None
+        losses = self._training.evaluate("val")[rows]
+        self._initial[rows] = self._previous[rows] = losses
+        lacking = () if self._training.has_dropout else ("dropout",)
+        self.loop.restart(
+            rows,
+            {"val_loss": losses},
+            fixed=[{**e.fixed, **{name: e.fixed.get(name, 0.0) for name in lacking}} for e in episodes],
+            lr_scale=np.array([e.lr_scale for e in episodes]),
+        )
+        self.info["train_loss"][rows], self.info["val_loss"][rows] = np.nan, losses
+        self.info["diverged"][rows] = False
+        for name, values in self.loop.values().items():
+            self.info[name][rows] = values[rows]
+
+    def step(self, actions: Array) -> None:
+        assert self._training is not None, "call reset() before step()"
+        values = self.loop.decide(actions)
+        signals = self._training.advance(values)
+        self.loop.record(signals)
+        self.rewards = log_fall(self._previous, signals["val_loss"], self._initial)
+        lost = diverged(signals["train_loss"], signals["val_loss"], self._initial)
+        self._previous = signals["val_loss"]
+        self.terminated = lost | (self.loop.state.telemetry.interval >= self.task.horizon)
+        self.truncated = np.zeros(self._size, bool)
+        self.info = {name: signals[name] for name in ("train_loss", "val_loss")} | {"diverged": lost} | values
+        self._age += 1
+        moves_on = self._age >= self.task.horizon and not isinstance(self._source, Task)
+        if moves_on:
+            self.truncated = ~self.terminated
+        over = self.terminated | self.truncated
+        self.final_obs = self.loop.observe()
+        self.final_info = {key: value.copy() for key, value in self.info.items()}
+        if moves_on:
+            self._begin()
+        elif over.any():
+            rows = np.flatnonzero(over).tolist()
+            episodes = [draw_episode(self._rngs[row], self._variation) for row in rows]
+            for row, episode in zip(rows, episodes, strict=True):
+                self._training.restart(row, episode.seed)
+            self._restart(rows, episodes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inner_models.datasets import Dataset, DatasetError, Split, dataset_names, load_dataset
+from inner_models.datasets import Dataset, DatasetError, Split, check_dataset_name, load_dataset
 from inner_models.models import Activation, ModelKind, ModelSpec, Normalization
+from inner_models.names import unknown
 from inner_models.sampling import MICRO_BATCH
 
 OptimizerName = Literal["adamw", "sgd"]
@@ -81,23 +82,13 @@ class Task:
         if not slash:
             raise ValueError(f"task {name!r} is not of the form <data set>/<model>, such as letter/mlp")
         if kind not in DEFAULT_SPECS:
-            raise ValueError(nearest(f"model {kind!r}", kind, list(DEFAULT_SPECS)))
-        if ":" not in dataset and dataset not in dataset_names():
-            raise ValueError(nearest(f"data set {dataset!r}", dataset, dataset_names()))
+            raise ValueError(unknown("model", kind, DEFAULT_SPECS))
+        check_dataset_name(dataset)
         return cls(**{"dataset": dataset, "model": DEFAULT_SPECS[kind], **overrides})
 
     @property
     def name(self) -> str:
         return f"{self.dataset}/{self.model.kind}"
-
-
-def nearest(what: str, given: str, known: list[str]) -> str:
-    """Error text for an unknown name: the nearest known one, and all that are known."""
-    import difflib
-
-    close = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"unknown {what}{hint} Known: {', '.join(known)}" if hint else f"unknown {what}; known: {', '.join(known)}"
 
 
 @dataclass(frozen=True)
@@ -164,6 +155,10 @@ def elementwise_loss(outputs: Tensor, targets: Tensor, loss: Loss) -> Tensor:
     return nll.view(targets.shape)
 
 
+COST_SHARE: dict[str, float] = {"cnn": 0.3, "gru": 0.25, "transformer": 0.25}
+"""Share of the examples that a sampled task of this kind gets: each takes several times an MLP's time an example."""
+
+
 @dataclass(frozen=True)
 class TaskDistribution:
     """Where tasks are sampled from. Scales are log-uniform; see `sample`.
@@ -189,17 +184,14 @@ class TaskDistribution:
     train_rows: tuple[int, int] = (96, 2048)
     eval_rows: int = 384
     noisy_share: float = 0.3
-    _costly: dict[str, float] = field(
-        default_factory=lambda: {"cnn": 0.5, "gru": 0.5, "transformer": 0.5}, repr=False, hash=False
-    )
 
     def sample(self, rng: np.random.Generator) -> Task:
-        """Draw a task. Convolutional, recurrent and attention models get half the examples, since they cost more."""
+        """Draw a task. Costly model kinds get fewer examples an interval (`COST_SHARE`)."""
         dataset, kinds = self.entries[rng.integers(len(self.entries))]
         kind = kinds[rng.integers(len(kinds))]
         width = _log_uniform_int(rng, *self.widths)
         depth = int(rng.integers(self.depths[0], self.depths[1] + 1))
-        share = self._costly.get(kind, 1.0)
+        share = COST_SHARE.get(kind, 1.0)
         if kind == "cnn":
             width = max(4, width // 4)
         elif kind in ("gru", "transformer"):
@@ -221,7 +213,7 @@ class TaskDistribution:
             horizon=_log_uniform_int(rng, *self.horizons),
             interval_examples=max(MICRO_BATCH, int(share * _log_uniform_int(rng, *self.interval_examples))),
             train_rows=_log_uniform_int(rng, *self.train_rows),
-            eval_rows=self.eval_rows,
+            eval_rows=max(128, int(share * self.eval_rows)),
             label_noise=float(rng.uniform(0.05, 0.3)) if noisy else 0.0,
             seed=int(rng.integers(4)),
         )

@@ -1,0 +1,108 @@
+"""Calibration of the base schedule: the one configuration that is best on average over meta-train.
+
+Random search, in two rounds: every configuration on every task of the first round, then the best ones on fresh tasks.
+A configuration's score on a task is the logarithm of its final validation loss over that of the task's best
+configuration, capped, so that tasks weigh alike and one failure does not decide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+
+from hpo_env.actions import BaseSchedule
+from hpo_env.hyperparameters import CONTROLS, Array
+from inner_models.batched_training import BatchedTraining
+from inner_models.tasks import OptimizerName, Task, TaskDistribution
+
+REGRET_CAP = 1.0
+"""Largest regret (in log loss) that counts on one task."""
+
+SEARCH_RANGES: dict[str, dict[str, tuple[float, float]]] = {
+    "adamw": {"lr": (1e-4, 1e-1), "batch_size": (16, 256), "weight_decay": (1e-4, 3.0), "dropout": (0.005, 0.5)},
+    "sgd": {"lr": (1e-3, 1.0), "batch_size": (16, 256), "weight_decay": (1e-6, 3e-2), "dropout": (0.005, 0.5)},
+}
+"""Log-uniform, but for dropout, which is uniform. SGD's decay is coupled to the gradient, hence its range."""
+
+
+def sample_schedules(optimizer: OptimizerName, count: int, rng: np.random.Generator) -> list[BaseSchedule]:
+    """Draw schedules at random from `SEARCH_RANGES`."""
+    schedules = []
+    for _ in range(count):
+        values = {}
+        for name, (low, high) in SEARCH_RANGES[optimizer].items():
+            drawn = rng.uniform(low, high) if name == "dropout" else math.exp(rng.uniform(math.log(low), math.log(high)))
+            control = CONTROLS[name]
+            values[name] = float(control.from_scale(control.to_scale(np.asarray(drawn))))
+        schedules.append(BaseSchedule(**values))
+    return schedules
+
+
+def final_losses(task: Task, schedules: Sequence[BaseSchedule], seed: int, device: str = "cpu") -> Array:
+    """Validation loss at the end of `task` under each schedule, `[len(schedules)]`; all trained as one cohort."""
+    training = BatchedTraining(task, [seed] * len(schedules), device=device)
+    for interval in range(task.horizon):
+        progress = np.asarray((interval + 0.5) / task.horizon)
+        values = [schedule.values(progress) for schedule in schedules]
+        signals = training.advance({name: np.array([float(v[name]) for v in values]) for name in CONTROLS})
+    return signals["val_loss"]
+
+
+def regrets(losses: Array) -> Array:
+    """Log of each loss over the task's best, capped: `[tasks, schedules]` to the same. Non-finite losses get the cap."""
+    losses = np.where(np.isfinite(losses), losses, np.inf)
+    return np.asarray(np.minimum(np.log(losses + 1e-12) - np.log(losses.min(axis=1, keepdims=True) + 1e-12), REGRET_CAP))
+
+
+def calibrate(
+    optimizer: OptimizerName,
+    distribution: TaskDistribution,
+    *,
+    configurations: int = 256,
+    finalists: int = 16,
+    tasks: int = 24,
+    seed: int = 0,
+    workers: int = 2,
+    report: Callable[[str], None] = print,
+) -> tuple[BaseSchedule, dict[str, float]]:
+    """Find the schedule with the least mean regret.
+
+    Returns:
+        The schedule, and figures: its mean regret on the second round's tasks, the median configuration's in the
+        first, and the numbers of configurations and tasks.
+    """
+    rng = np.random.default_rng(seed)
+    schedules = sample_schedules(optimizer, configurations, rng)
+    distribution = replace(distribution, optimizers=(optimizer,))
+    median = math.nan
+    for round_, count in enumerate((tasks, 2 * tasks)):
+        drawn = [distribution.sample(rng) for _ in range(count)]
+        results = Parallel(n_jobs=workers, verbose=0, return_as="generator")(
+            delayed(_single_threaded)(task, schedules, index) for index, task in enumerate(drawn)
+        )
+        losses = []
+        for index, result in enumerate(results):
+            losses.append(result)
+            report(f"{optimizer}: round {round_ + 1}, task {index + 1} of {count} ({drawn[index].name})")
+        mean = regrets(np.array(losses)).mean(axis=0)
+        if round_ == 0:
+            median = float(np.median(mean))
+            schedules = [schedules[index] for index in np.argsort(mean)[:finalists]]
+    best = int(np.argmin(mean))
+    figures = {
+        "mean_regret": float(mean[best]),
+        "median_configuration_regret": median,
+        "configurations": float(configurations),
+        "tasks": float(3 * tasks),
+    }
+    return schedules[best], figures
+
+
+def _single_threaded(task: Task, schedules: Sequence[BaseSchedule], seed: int) -> Array:
+    torch.set_num_threads(1)
+    return final_losses(task, schedules, seed)

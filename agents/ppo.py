@@ -1,0 +1,362 @@
+"""Meta-training with stable-baselines3's PPO: many small training runs, one policy."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import stable_baselines3
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import HParam, configure
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from agents.policy import OBSERVATION_CLIP, ControlPolicy, PolicyHeader, write_atomically
+from agents.rollouts import MetaValidation, Score
+from agents.vec_env import CohortVecEnv
+from hpo_env.actions import calibrated
+from hpo_env.env import Variation
+from inner_models.splits import META_TRAIN, META_TRAIN_SMALL, META_VALIDATION, META_VALIDATION_SMALL, datasets_of
+from inner_models.tasks import Task, TaskDistribution
+
+HIDDEN = (64, 64)
+
+POLICY_FILE, CHECKPOINT_FILE, CONFIG_FILE = "policy.safetensors", "checkpoint.pt", "config.json"
+
+
+@dataclass(frozen=True)
+class MetaTrainingConfig:
+    """A meta-training run.
+
+    Attributes:
+        timesteps: decisions in all, rounded up to whole rollouts.
+        cohorts: tasks under way at a time.
+        replicas: runs of each task.
+        rollout_steps: decisions of each run between two PPO updates.
+        epochs, minibatch, learning_rate, gae_lambda, clip, entropy, log_std: PPO's settings; the discount is 1.
+        validate_every: decisions between two meta-validations.
+        validation_seeds: runs of each meta-validation task.
+        workers: processes that train inner models on the CPU.
+        variation: what episodes draw besides their task.
+        tasks, validation: where the tasks come from.
+    """
+
+    timesteps: int
+    cohorts: int
+    replicas: int
+    rollout_steps: int
+    validate_every: int
+    validation_seeds: int
+    epochs: int = 6
+    minibatch: int = 1024
+    learning_rate: float = 3e-4
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    entropy: float = 0.0
+    log_std: float = -1.0
+    workers: int = 2
+    variation: Variation = field(default_factory=Variation)
+    tasks: TaskDistribution = META_TRAIN
+    validation: tuple[Task, ...] = META_VALIDATION
+
+
+PRESETS: dict[str, MetaTrainingConfig] = {
+    "smoke": MetaTrainingConfig(
+        timesteps=24_576, cohorts=8, replicas=16, rollout_steps=16, validate_every=8_192, validation_seeds=8,
+        minibatch=512, learning_rate=1e-3, tasks=META_TRAIN_SMALL, validation=META_VALIDATION_SMALL,
+    ),
+    "demo": MetaTrainingConfig(
+        timesteps=81_920, cohorts=8, replicas=16, rollout_steps=16, validate_every=16_384, validation_seeds=8,
+        minibatch=512, learning_rate=1e-3, tasks=META_TRAIN_SMALL, validation=META_VALIDATION_SMALL,
+    ),
+    "default": MetaTrainingConfig(
+        timesteps=800_000, cohorts=12, replicas=16, rollout_steps=32, validate_every=49_152, validation_seeds=8,
+        variation=Variation(mask_probability=0.1, start_probability=0.2),
+    ),
+}  # fmt: skip
+"""`smoke`: about a minute on 2 cores, to see that all works. `demo`: a few minutes. `default`: about an hour."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a meta-training reports as it goes. `score` is set right after a meta-validation."""
+
+    timesteps: int
+    total: int
+    score: Score | None = None
+
+
+def meta_train(
+    config: MetaTrainingConfig,
+    out: Path,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    resume: bool = False,
+    provenance: dict[str, Any] | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> ControlPolicy:
+    """Meta-train a policy; leave `policy.safetensors` (the best on meta-validation), a checkpoint, the effective config
+    and TensorBoard events in `out`.
+
+    Args:
+        seed: fixes the policy's initial weights, the tasks and all that is drawn in them.
+        device: where the inner models train, `cpu` or `cuda`; the policy itself is small and stays on the CPU.
+        resume: go on from the checkpoint in `out`; rollouts begin on fresh episodes.
+        provenance: entries for the policy's header.
+        report: called after every rollout and meta-validation.
+
+    Raises:
+        FileNotFoundError: `resume` without a checkpoint.
+        KeyboardInterrupt: interrupted; the checkpoint of the last update is kept.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = _read_checkpoint(out / CHECKPOINT_FILE) if resume else None
+    done = int(checkpoint["timesteps"]) if checkpoint else 0
+    write_atomically(out / CONFIG_FILE, json.dumps({"seed": seed, "device": device, **asdict(config)}, indent=2).encode())
+    workers = config.workers if device == "cpu" else 0
+    set_random_seed(seed + done)
+    env = VecNormalize(
+        CohortVecEnv(
+            config.tasks,
+            cohorts=config.cohorts,
+            replicas=config.replicas,
+            variation=config.variation,
+            workers=workers,
+            device=device,
+            seed=int(np.random.SeedSequence([seed, done]).generate_state(1)[0] % 2**31),
+        ),
+        norm_reward=False,
+        clip_obs=OBSERVATION_CLIP,
+    )
+    try:
+        model = _build(config, env, seed)
+        callback = _Callback(config, out, seed, device, provenance or {}, report, max(1, workers))
+        if checkpoint:
+            _restore(model, env, callback, checkpoint)
+        model.set_logger(configure(str(out / "tensorboard"), ["tensorboard"]))
+        if done < config.timesteps:
+            model.learn(config.timesteps - done, callback=callback, reset_num_timesteps=done == 0)
+        callback.finish()
+    finally:
+        env.close()
+    return ControlPolicy.load(out / POLICY_FILE)
+
+
+def _build(config: MetaTrainingConfig, env: VecEnv, seed: int) -> PPO:
+    return PPO(
+        "MlpPolicy",
+        env,
+        n_steps=config.rollout_steps,
+        batch_size=config.minibatch,
+        n_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        gamma=1.0,
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip,
+        ent_coef=config.entropy,
+        policy_kwargs={"net_arch": list(HIDDEN), "log_std_init": config.log_std},
+        device="cpu",
+        seed=None,
+    )
+
+
+def export(model: PPO, env: VecNormalize, header: PolicyHeader) -> ControlPolicy:
+    """The deterministic policy of a PPO model with the input normalization of its environment."""
+    policy = ControlPolicy(header)
+    statistics = env.obs_rms
+    assert not isinstance(statistics, dict)
+    policy.mean.copy_(torch.from_numpy(statistics.mean))
+    policy.std.copy_(torch.from_numpy(np.sqrt(statistics.var + env.epsilon)))
+    extractor = model.policy.mlp_extractor.policy_net
+    linear = [m for m in [*extractor, model.policy.action_net] if isinstance(m, torch.nn.Linear)]
+    own = [m for m in policy.network if isinstance(m, torch.nn.Linear)]
+    for target, source in zip(own, linear, strict=True):
+        target.load_state_dict(source.state_dict())
+    return policy.eval()
+
+
+class _Callback(BaseCallback):
+    """Meta-validation, checkpoints and logging."""
+
+    def __init__(
+        self,
+        config: MetaTrainingConfig,
+        out: Path,
+        seed: int,
+        device: str,
+        provenance: dict[str, Any],
+        report: Callable[[Progress], None],
+        workers: int,
+    ) -> None:
+        super().__init__()
+        self.config, self.out, self.run_seed, self.device = config, out, seed, device
+        self._provenance, self._report = provenance, report
+        seeds = range(10_000, 10_000 + config.validation_seeds)
+        self._validate = MetaValidation(config.validation, seeds, workers=workers, device=device)
+        self.history: list[dict[str, float]] = []
+        self.best = -np.inf
+        self.seconds = 0.0
+        self._last_validation = 0
+        self._resumed = False
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.history, self.best, self.seconds = state["history"], state["best"], state["seconds"]
+        self._last_validation, self._resumed = state["last_validation"], True
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "history": self.history,
+            "best": float(self.best),
+            "seconds": self.seconds,
+            "last_validation": self._last_validation,
+        }
+
+    def _on_training_start(self) -> None:
+        self._clock = time.monotonic()
+        if not self._resumed:
+            self._meta_validate()
+
+    def _on_rollout_start(self) -> None:
+        now = time.monotonic()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
+        if self.num_timesteps - self._last_validation >= self.config.validate_every:
+            self._meta_validate()
+        if self.num_timesteps:
+            _write_checkpoint(self.out / CHECKPOINT_FILE, self.model, self._env, self.state())
+
+    def _on_step(self) -> bool:
+        for info in self.locals["infos"]:
+            if "final" in info:
+                self.logger.record_mean("inner/final_val_loss", float(info["final"]["val_loss"]))
+                self.logger.record_mean("inner/diverged_share", float(info["final"]["diverged"]))
+            for name, value in info.get("controls", {}).items():
+                self.logger.record_mean(f"control/{name}_geometric_mean", value)
+        self._report(Progress(self.num_timesteps, self.config.timesteps))
+        return True
+
+    def finish(self) -> None:
+        """Score the last policy and log the run's hyperparameters."""
+        if self._last_validation != self.num_timesteps:
+            self._meta_validate()
+        shown = {"seed": self.run_seed, **{k: v for k, v in asdict(self.config).items() if isinstance(v, int | float)}}
+        metrics = {"meta_validation/best_log_ratio_to_calibrated": float(self.best)}
+        self.logger.record("hparams", HParam(shown, metrics), exclude=("stdout",))
+        self.logger.record("meta_validation/best_log_ratio_to_calibrated", float(self.best))
+        self.logger.dump(self.num_timesteps)
+        _write_checkpoint(self.out / CHECKPOINT_FILE, self.model, self._env, self.state())
+
+    @property
+    def _env(self) -> VecNormalize:
+        env = self.training_env
+        assert isinstance(env, VecNormalize)
+        return env
+
+    def _meta_validate(self) -> None:
+        self._last_validation = self.num_timesteps
+        policy = export(self.model, self._env, self._header({}))
+        score = self._validate(policy)
+        self.history.append(
+            {
+                "timesteps": self.num_timesteps,
+                "return": score.mean_return,
+                "log_ratio_to_calibrated": score.mean_log_ratio,
+            }
+        )
+        self.logger.record("meta_validation/return", score.mean_return)
+        self.logger.record("meta_validation/log_ratio_to_calibrated", score.mean_log_ratio)
+        for name, ratio in score.log_ratios.items():
+            self.logger.record(f"meta_validation_log_ratio/{name}", ratio)
+        self.logger.dump(self.num_timesteps)
+        if score.mean_log_ratio > self.best:
+            self.best = score.mean_log_ratio
+            policy.header = self._header(
+                {
+                    "split": "meta-validation",
+                    "measure": "mean over seeds of log(final validation loss of the calibrated schedule / of the policy)",
+                    "seeds": self.config.validation_seeds,
+                    "timesteps": self.num_timesteps,
+                    "mean_log_ratio": score.mean_log_ratio,
+                    "mean_return": score.mean_return,
+                    "mean_return_calibrated": self._validate.base_return,
+                    "log_ratios": score.log_ratios,
+                }
+            )
+            policy.save(self.out / POLICY_FILE)
+        self._report(Progress(self.num_timesteps, self.config.timesteps, score))
+
+    def _header(self, scores: dict[str, Any]) -> PolicyHeader:
+        tasks = self.config.tasks
+        return PolicyHeader(
+            hidden=HIDDEN,
+            base_schedules={kind: calibrated(kind).to_dict() for kind in ("adamw", "sgd")},
+            trained_ranges={"horizon": tasks.horizons},
+            training={
+                **self._provenance,
+                "algorithm": "PPO",
+                "seed": self.run_seed,
+                "timesteps": self.num_timesteps,
+                "seconds": round(self.seconds),
+                "device": self.device,
+                "machine": platform.machine(),
+                "datasets": sorted(datasets_of(tasks)),
+                "optimizers": sorted(set(tasks.optimizers)),
+                "versions": {
+                    "torch": torch.__version__,
+                    "stable_baselines3": stable_baselines3.__version__,
+                    "python": platform.python_version(),
+                },
+            },
+            scores=scores,
+        )
+
+
+def _write_checkpoint(path: Path, model: PPO, env: VecNormalize, state: dict[str, Any]) -> None:
+    statistics = env.obs_rms
+    assert not isinstance(statistics, dict)
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "timesteps": model.num_timesteps,
+            "updates": model._n_updates,
+            "policy": model.policy.state_dict(),
+            "optimizer": model.policy.optimizer.state_dict(),
+            "normalizer": {
+                "mean": torch.from_numpy(statistics.mean),
+                "var": torch.from_numpy(statistics.var),
+                "count": float(statistics.count),
+            },
+            "callback": state,
+        },
+        buffer,
+    )
+    write_atomically(path, buffer.getvalue())
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"nothing to resume: no checkpoint at {path}")
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)  # tensors and plain values only: no code runs
+    return checkpoint
+
+
+def _restore(model: PPO, env: VecNormalize, callback: _Callback, checkpoint: dict[str, Any]) -> None:
+    model.policy.load_state_dict(checkpoint["policy"])
+    model.policy.optimizer.load_state_dict(checkpoint["optimizer"])
+    model.num_timesteps, model._n_updates = checkpoint["timesteps"], checkpoint["updates"]
+    statistics = env.obs_rms
+    assert not isinstance(statistics, dict)
+    statistics.mean = checkpoint["normalizer"]["mean"].numpy()
+    statistics.var = checkpoint["normalizer"]["var"].numpy()
+    statistics.count = checkpoint["normalizer"]["count"]
+    callback.restore(checkpoint["callback"])
+

@@ -1,0 +1,261 @@
+"""`HPOVectorEnv` for stable-baselines3: cohorts divided among worker processes, rewards relative to the cohort."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Iterable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv
+
+from hpo_env.env import Variation, action_space, observation_space
+from hpo_env.hyperparameters import CONTROLS, Array
+from hpo_env.rewards import leave_one_out
+from hpo_env.vector_env import HPOVectorEnv
+from inner_models.tasks import Task, TaskDistribution
+
+Step = tuple[NDArray[np.float32], Array, NDArray[np.bool_], list[dict[str, Any]]]
+
+_REWARD_CLIP = 5.0
+
+
+class RelativeRewards:
+    """Rewards relative to the cohort, in units of the task's own spread.
+
+    A replica's reward at interval t less the mean of its cohort's other replicas at t, divided by the standard
+    deviation of returns within cohorts on such tasks (same data set and model kind; a running mean, constant over an
+    episode), so that easy and hard tasks weigh alike. A replica that restarted after diverging is compared with the
+    mean that its cohort had when it was at t.
+    """
+
+    MOMENTUM = 0.7
+    FLOOR = 0.02
+
+    def __init__(self, cohorts: int) -> None:
+        self._spreads: dict[str, float] = {}
+        self._overall: float | None = None
+        self._means: list[dict[int, float]] = [{} for _ in range(cohorts)]
+        self._returns: list[Array | None] = [None] * cohorts
+        self._scales = np.ones(cohorts)
+
+    def begin(self, cohort: int, key: str) -> None:
+        """A cohort begins an episode on a task of this key."""
+        self._means[cohort], self._returns[cohort] = {}, None
+        self._scales[cohort] = max(self.FLOOR, self._spreads.get(key, self._overall or 0.1))
+
+    def end(self, cohort: int, key: str) -> None:
+        """A cohort's episode is over: learn the spread of its returns."""
+        returns = self._returns[cohort]
+        if returns is None or np.isfinite(returns).sum() < 2:
+            return
+        spread = float(np.nanstd(returns))
+        self._spreads[key] = self._mix(self._spreads.get(key), spread)
+        self._overall = self._mix(self._overall, spread)
+
+    def __call__(self, cohort: int, intervals: NDArray[np.int64], rewards: Array) -> Array:
+        """Relative rewards of one cohort, `[replicas]`.
+
+        Args:
+            intervals: each replica's interval, counted before the step.
+            rewards: the environment's own rewards.
+        """
+        age = len(self._means[cohort])
+        aligned = intervals == age
+        result = np.zeros_like(rewards)
+        result[aligned] = leave_one_out(rewards[aligned])
+        self._means[cohort][age] = float(rewards[aligned].mean()) if aligned.any() else 0.0
+        for index in np.flatnonzero(~aligned):
+            result[index] = rewards[index] - self._means[cohort].get(int(intervals[index]), 0.0)
+        before = np.zeros_like(rewards) if self._returns[cohort] is None else self._returns[cohort]
+        self._returns[cohort] = np.where(aligned, before + rewards, np.nan)
+        return np.clip(result / self._scales[cohort], -_REWARD_CLIP, _REWARD_CLIP)
+
+    def _mix(self, old: float | None, new: float) -> float:
+        return new if old is None else self.MOMENTUM * old + (1 - self.MOMENTUM) * new
+
+
+def task_key(task: Task) -> str:
+    return f"{task.name}/{task.optimizer}"
+
+
+class CohortEnv:
+    """One worker's share: an `HPOVectorEnv` with relative rewards, in stable-baselines3's terms."""
+
+    def __init__(
+        self, tasks: TaskDistribution, cohorts: int, replicas: int, variation: Variation, device: str
+    ) -> None:
+        self.env = HPOVectorEnv(cohorts * replicas, tasks=tasks, cohorts=cohorts, variation=variation, device=device)
+        self._cohorts, self._replicas = cohorts, replicas
+        self._relative = RelativeRewards(cohorts)
+
+    def reset(self, seed: int) -> NDArray[np.float32]:
+        observations, _ = self.env.reset(seed=seed)
+        self._return = np.zeros(self.env.num_envs)
+        self._keys = [task_key(task) for task in self.env.tasks]
+        for cohort, key in enumerate(self._keys):
+            self._relative.begin(cohort, key)
+        return observations
+
+    def step(self, actions: NDArray[np.float32]) -> Step:
+        before, tasks = self.env.intervals, self.env.tasks
+        observations, raw, terminated, truncated, infos = self.env.step(actions)
+        rewards = np.concatenate(
+            [
+                self._relative(cohort, before[rows], raw[rows])
+                for cohort, rows in enumerate(np.split(np.arange(self.env.num_envs), self._cohorts))
+            ]
+        )
+        self._return += raw
+        over = terminated | truncated
+        listed: list[dict[str, Any]] = [{} for _ in range(self.env.num_envs)]
+        for index in np.flatnonzero(over):
+            final = {key: infos["final_info"][key][index] for key in ("train_loss", "val_loss", "diverged")}
+            listed[index] = {
+                "terminal_observation": infos["final_obs"][index],
+                "TimeLimit.truncated": bool(truncated[index]),
+                "episode": {"r": self._return[index], "l": int(before[index]) + 1, "t": time.time()},
+                "final": final,
+            }
+        listed[0]["controls"] = {name: float(np.exp(np.log(infos[name] + 1e-12).mean())) for name in CONTROLS}
+        self._return[over] = 0
+        for cohort, task in enumerate(self.env.tasks):
+            if task is not tasks[cohort]:
+                self._relative.end(cohort, self._keys[cohort])
+                self._keys[cohort] = task_key(task)
+                self._relative.begin(cohort, self._keys[cohort])
+        return observations, rewards, over, listed
+
+
+def _serve(connection: Connection, arguments: tuple[Any, ...]) -> None:
+    """A worker process's loop. One thread: at these sizes two processes beat two threads."""
+    torch.set_num_threads(1)
+    try:
+        env = CohortEnv(*arguments)
+        while True:
+            command, argument = connection.recv()
+            if command == "close":
+                return
+            connection.send(("ok", env.reset(argument) if command == "reset" else env.step(argument)))
+    except (EOFError, KeyboardInterrupt):
+        return
+    except Exception:
+        connection.send(("error", traceback.format_exc()))
+
+
+class CohortVecEnv(VecEnv):
+    """stable-baselines3's `VecEnv` over `HPOVectorEnv`s in worker processes.
+
+    Args:
+        tasks: what to sample from.
+        cohorts: tasks under way at a time, a multiple of `workers` if there are any.
+        replicas: runs of each task.
+        workers: processes; 0 trains in this one (as on a GPU).
+    """
+
+    def __init__(
+        self,
+        tasks: TaskDistribution,
+        *,
+        cohorts: int,
+        replicas: int,
+        variation: Variation | None = None,
+        workers: int = 0,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        if workers and cohorts % workers:
+            raise ValueError(f"cohorts must be a multiple of workers, not {cohorts} for {workers}")
+        super().__init__(cohorts * replicas, observation_space(), action_space())
+        share = cohorts // max(1, workers)
+        arguments = (tasks, share, replicas, variation or Variation(), device)
+        self._seed_value = seed
+        self._local = CohortEnv(*arguments) if workers == 0 else None
+        self._connections: list[Connection] = []
+        self._processes: list[Any] = []
+        context = multiprocessing.get_context("spawn")
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, arguments), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def reset(self) -> NDArray[np.float32]:
+        if self._local is not None:
+            return self._local.reset(self._seed_value)
+        share = self.num_envs // len(self._connections)
+        for index, connection in enumerate(self._connections):
+            connection.send(("reset", self._seed_value + index * share))
+        return np.concatenate([self._receive(connection) for connection in self._connections])
+
+    def step_async(self, actions: NDArray[np.float32]) -> None:
+        self._actions = actions
+        for connection, part in zip(
+            self._connections, np.split(actions, max(1, len(self._connections))), strict=False
+        ):
+            connection.send(("step", part))
+
+    def step_wait(self) -> Step:
+        if self._local is not None:
+            return self._local.step(self._actions)
+        parts: list[Step] = [self._receive(connection) for connection in self._connections]
+        observations, rewards, dones, infos = zip(*parts, strict=True)
+        return (
+            np.concatenate(observations),
+            np.concatenate(rewards),
+            np.concatenate(dones),
+            [info for part in infos for info in part],
+        )
+
+    def close(self) -> None:
+        for connection in self._connections:
+            try:
+                connection.send(("close", None))
+            except OSError:
+                continue
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.terminate()
+        self._connections, self._processes = [], []
+
+    def seed(self, seed: int | None = None) -> list[int | None]:
+        if seed is not None:
+            self._seed_value = seed
+        return [self._seed_value + index for index in range(self.num_envs)]
+
+    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
+        if attr_name == "render_mode":
+            return [None] * self.num_envs
+        raise AttributeError(f"replicas of a cohort have no attributes of their own, such as {attr_name!r}")
+
+    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
+        raise AttributeError(f"replicas of a cohort have no attributes of their own, such as {attr_name!r}")
+
+    def env_method(
+        self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        raise AttributeError(f"replicas of a cohort have no methods of their own, such as {method_name!r}")
+
+    def env_is_wrapped(
+        self, wrapper_class: type[Any], indices: int | Iterable[int] | None = None
+    ) -> list[bool]:
+        return [False] * self.num_envs
+
+    @staticmethod
+    def _receive(connection: Connection) -> Any:
+        try:
+            status, result = connection.recv()
+        except EOFError:
+            raise RuntimeError("a worker process ended unexpectedly; was it killed for memory?") from None
+        if status == "error":
+            raise RuntimeError(f"a worker process failed:\n{result}")
+        return result
+

@@ -36,7 +36,9 @@ def sample_schedules(optimizer: OptimizerName, count: int, rng: np.random.Genera
     for _ in range(count):
         values = {}
         for name, (low, high) in SEARCH_RANGES[optimizer].items():
-            drawn = rng.uniform(low, high) if name == "dropout" else math.exp(rng.uniform(math.log(low), math.log(high)))
+            drawn = (
+                rng.uniform(low, high) if name == "dropout" else math.exp(rng.uniform(math.log(low), math.log(high)))
+            )
             control = CONTROLS[name]
             values[name] = float(control.from_scale(control.to_scale(np.asarray(drawn))))
         schedules.append(BaseSchedule(**values))
@@ -56,7 +58,9 @@ def final_losses(task: Task, schedules: Sequence[BaseSchedule], seed: int, devic
 def regrets(losses: Array) -> Array:
     """Log of each loss over the task's best, capped: `[tasks, schedules]` to the same. Non-finite losses get the cap."""
     losses = np.where(np.isfinite(losses), losses, np.inf)
-    return np.asarray(np.minimum(np.log(losses + 1e-12) - np.log(losses.min(axis=1, keepdims=True) + 1e-12), REGRET_CAP))
+    return np.asarray(
+        np.minimum(np.log(losses + 1e-12) - np.log(losses.min(axis=1, keepdims=True) + 1e-12), REGRET_CAP)
+    )
 
 
 def calibrate(

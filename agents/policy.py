@@ -143,7 +143,9 @@ class ControlPolicy(nn.Module):
         found = {name: tensor.shape for name, tensor in tensors.items()}
         if expected != found:
             raise PolicyError(f"{path} holds tensors that do not fit its header: {found} instead of {expected}")
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()) or not bool((policy.std > 0).all()):
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()) or not bool(
+            (policy.std > 0).all()
+        ):
             raise PolicyError(f"{path} holds weights that are not finite")
         policy.load_state_dict(tensors)
         return policy.eval()

@@ -20,13 +20,14 @@ from stable_baselines3.common.logger import HParam, configure
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from agents.policy import OBSERVATION_CLIP, ControlPolicy, PolicyHeader, write_atomically
-from agents.rollouts import MetaValidation, Score
-from agents.vec_env import CohortVecEnv
 from hpo_env.actions import calibrated
 from hpo_env.env import Variation
 from inner_models.splits import META_TRAIN, META_TRAIN_SMALL, META_VALIDATION, META_VALIDATION_SMALL, datasets_of
 from inner_models.tasks import Task, TaskDistribution
+
+from .policy import OBSERVATION_CLIP, ControlPolicy, PolicyHeader, write_atomically
+from .rollouts import MetaValidation, Score
+from .vec_env import CohortVecEnv
 
 HIDDEN = (64, 64)
 
@@ -79,11 +80,17 @@ PRESETS: dict[str, MetaTrainingConfig] = {
         minibatch=512, learning_rate=1e-3, tasks=META_TRAIN_SMALL, validation=META_VALIDATION_SMALL,
     ),
     "default": MetaTrainingConfig(
-        timesteps=800_000, cohorts=12, replicas=16, rollout_steps=32, validate_every=49_152, validation_seeds=8,
-        variation=Variation(mask_probability=0.1, start_probability=0.2),
+        timesteps=645_120, cohorts=12, replicas=16, rollout_steps=32, validate_every=43_008, validation_seeds=8,
+        epochs=8, minibatch=768, learning_rate=4e-4,
+        variation=Variation(mask_probability=0.1, start_probability=0.2, blind_probability=0.3),
     ),
 }  # fmt: skip
 """`smoke`: about a minute on 2 cores, to see that all works. `demo`: a few minutes. `default`: about an hour."""
+
+
+def effective_config(config: MetaTrainingConfig, seed: int, device: str) -> dict[str, Any]:
+    """All settings of a meta-training, as they are written into its folder."""
+    return {"seed": seed, "device": device, **asdict(config)}
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ def meta_train(
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = _read_checkpoint(out / CHECKPOINT_FILE) if resume else None
     done = int(checkpoint["timesteps"]) if checkpoint else 0
-    write_atomically(out / CONFIG_FILE, json.dumps({"seed": seed, "device": device, **asdict(config)}, indent=2).encode())
+    write_atomically(out / CONFIG_FILE, json.dumps(effective_config(config, seed, device), indent=2).encode())
     workers = config.workers if device == "cpu" else 0
     set_random_seed(seed + done)
     env = VecNormalize(
@@ -359,4 +366,3 @@ def _restore(model: PPO, env: VecNormalize, callback: _Callback, checkpoint: dic
     statistics.var = checkpoint["normalizer"]["var"].numpy()
     statistics.count = checkpoint["normalizer"]["count"]
     callback.restore(checkpoint["callback"])
-

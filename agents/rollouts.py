@@ -10,11 +10,12 @@ import torch
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
-from agents.policy import ControlPolicy
 from hpo_env.actions import BaseSchedule
 from hpo_env.hyperparameters import CONTROLS, Array
 from hpo_env.vector_env import HPOVectorEnv
 from inner_models.tasks import Task
+
+from .policy import ControlPolicy
 
 Decide = Callable[[NDArray[np.float32]], NDArray[np.float64]]
 """Observations `[runs, features]` to actions `[runs, controls]`."""

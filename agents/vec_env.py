@@ -87,9 +87,7 @@ def task_key(task: Task) -> str:
 class CohortEnv:
     """One worker's share: an `HPOVectorEnv` with relative rewards, in stable-baselines3's terms."""
 
-    def __init__(
-        self, tasks: TaskDistribution, cohorts: int, replicas: int, variation: Variation, device: str
-    ) -> None:
+    def __init__(self, tasks: TaskDistribution, cohorts: int, replicas: int, variation: Variation, device: str) -> None:
         self.env = HPOVectorEnv(cohorts * replicas, tasks=tasks, cohorts=cohorts, variation=variation, device=device)
         self._cohorts, self._replicas = cohorts, replicas
         self._relative = RelativeRewards(cohorts)
@@ -197,9 +195,7 @@ class CohortVecEnv(VecEnv):
 
     def step_async(self, actions: NDArray[np.float32]) -> None:
         self._actions = actions
-        for connection, part in zip(
-            self._connections, np.split(actions, max(1, len(self._connections))), strict=False
-        ):
+        for connection, part in zip(self._connections, np.split(actions, max(1, len(self._connections))), strict=False):
             connection.send(("step", part))
 
     def step_wait(self) -> Step:
@@ -244,9 +240,7 @@ class CohortVecEnv(VecEnv):
     ) -> list[Any]:
         raise AttributeError(f"replicas of a cohort have no methods of their own, such as {method_name!r}")
 
-    def env_is_wrapped(
-        self, wrapper_class: type[Any], indices: int | Iterable[int] | None = None
-    ) -> list[bool]:
+    def env_is_wrapped(self, wrapper_class: type[Any], indices: int | Iterable[int] | None = None) -> list[bool]:
         return [False] * self.num_envs
 
     @staticmethod
@@ -258,4 +252,3 @@ class CohortVecEnv(VecEnv):
         if status == "error":
             raise RuntimeError(f"a worker process failed:\n{result}")
         return result
-

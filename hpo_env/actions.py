@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpo_env.hyperparameters import CONTROLS, Array, finite_positive
 
@@ -33,7 +34,7 @@ class BaseSchedule:
         finite_positive("batch_size", self.batch_size)
 
     def values(self, progress: Array) -> dict[str, Array]:
-        """Values over an interval whose middle lies at `progress` (0..1 of the run), each in the shape of `progress`."""
+        """Values over an interval whose middle lies at `progress` (0..1 of the run), in the shape of `progress`."""
         decay = 0.5 * (1 + np.cos(math.pi * np.clip(progress, 0, 1)))
         rise = np.minimum(1.0, progress / self.warmup) if self.warmup else np.ones_like(progress)
         constant = {name: np.full_like(progress, getattr(self, name)) for name in CONTROLS if name != "lr"}
@@ -77,18 +78,19 @@ RANGES: dict[str, Range] = {
 }
 
 
-def move(offsets: Array, actions: Array, first: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Array:
+def move(offsets: Array, actions: Array, first: NDArray[np.bool_], max_factor: float = math.inf) -> Array:
     """New offsets after a decision.
 
     Args:
         offsets: `[runs, controls]`, in scale units.
         actions: `[runs, controls]` in -1..1 (clipped); NaN stays.
         first: `[runs]`, whether this is a run's first decision.
+        max_factor: no offset exceeds the logarithm of this.
     """
     actions = np.clip(np.nan_to_num(actions), -1, 1)
     ranges = [RANGES[name] for name in CONTROLS]
     reach = np.where(first[:, None], [r.first for r in ranges], [r.step for r in ranges])
-    limit = np.array([r.limit for r in ranges])
+    limit = np.minimum([r.limit for r in ranges], math.log(max_factor))
     return np.asarray(np.clip(offsets + reach * actions, -limit, limit))
 
 

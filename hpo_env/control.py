@@ -5,15 +5,19 @@ The environments and the tuner share this one class; it is what makes a policy t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from hpo_env.actions import BaseSchedule, apply_offsets, move
 from hpo_env.hyperparameters import CONTROLS, Array
 from hpo_env.observations import RunState, observe
 from hpo_env.telemetry import Telemetry
+from inner_models.signals import SIGNALS
 
 _INDEX = {name: index for index, name in enumerate(CONTROLS)}
 
@@ -27,12 +31,25 @@ class ControlLoop:
         base: the schedule that the actions deviate from.
         parameters: trainable parameters of the inner model.
         momentum_sgd: whether the inner optimizer is SGD.
+        max_factor: largest factor (on dropout's odds, for dropout) by which a value may leave the base schedule.
     """
 
-    def __init__(self, runs: int, *, horizon: int, base: BaseSchedule, parameters: int, momentum_sgd: bool) -> None:
+    def __init__(
+        self,
+        runs: int,
+        *,
+        horizon: int,
+        base: BaseSchedule,
+        parameters: int,
+        momentum_sgd: bool,
+        max_factor: float = math.inf,
+    ) -> None:
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1 interval, not {horizon}")
+        if not max_factor > 1:
+            raise ValueError(f"max_factor must be above 1, not {max_factor}")
         self.base = base
+        self._max_factor = max_factor
         shape = (runs, len(CONTROLS))
         self.state = RunState(
             telemetry=Telemetry(runs, horizon),
@@ -88,7 +105,7 @@ class ControlLoop:
         """
         state = self.state
         state.actions = np.where(state.available, np.clip(np.nan_to_num(np.asarray(actions, np.float64)), -1, 1), 0)
-        state.offsets = move(state.offsets, state.actions, state.telemetry.interval == 0)
+        state.offsets = move(state.offsets, state.actions, state.telemetry.interval == 0, self._max_factor)
         self._set_values()
         return self.values()
 
@@ -102,6 +119,26 @@ class ControlLoop:
         action[:, _INDEX[name]] = amount
         self.state.offsets = self.state.offsets + np.where(self.state.available, action, 0)
         self._set_values()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes over a run, as tensors."""
+        arrays = {
+            "offsets": self.state.offsets,
+            "actions": self.state.actions,
+            "values": self.state.values,
+            "interval": self.state.telemetry.interval,
+            **{f"history/{name}": self.state.telemetry.past(name) for name in SIGNALS},
+        }
+        return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()` of a loop made with the same arguments."""
+        arrays = {name: tensor.numpy().copy() for name, tensor in state.items()}
+        if arrays["offsets"].shape != self.state.offsets.shape:
+            raise ValueError(f"the state is one of {len(arrays['offsets'])} runs, not {len(self.state.offsets)}")
+        self.state.offsets, self.state.actions = arrays["offsets"], arrays["actions"]
+        self.state.values = arrays["values"]
+        self.state.telemetry.load(arrays["interval"], {name: arrays[f"history/{name}"] for name in SIGNALS})
 
     def values(self) -> dict[str, Array]:
         """The values in use, `[runs]` each."""

@@ -35,24 +35,35 @@ class Variation:
         mask_probability: chance that a control other than `lr` is taken away and stands at a random value.
         start_probability: chance that the base learning rate is multiplied by a log-uniform factor
             in 1 / start_factor .. start_factor.
+        blind_probability: chance that the loss before training is not observed.
     """
 
     mask_probability: float = 0.0
     start_probability: float = 0.0
     start_factor: float = 10.0
+    blind_probability: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.mask_probability <= 1 and 0 <= self.start_probability <= 1 and self.start_factor >= 1):
+        probabilities = (self.mask_probability, self.start_probability, self.blind_probability)
+        if not (all(0 <= probability <= 1 for probability in probabilities) and self.start_factor >= 1):
             raise ValueError(f"probabilities must lie in 0..1 and start_factor be at least 1, not {self}")
 
 
 @dataclass(frozen=True)
 class Episode:
-    """What `reset` draws: the seed of the inner training, the controls taken away, the factor on the base lr."""
+    """What `reset` draws, apart from the task.
+
+    Attributes:
+        seed: seed of the inner training.
+        fixed: controls taken away, and the values they stand at.
+        lr_scale: factor on the base learning rate.
+        blind: whether the loss before training is not observed.
+    """
 
     seed: int
     fixed: dict[str, float]
     lr_scale: float
+    blind: bool
 
 
 def draw_episode(rng: np.random.Generator, variation: Variation) -> Episode:
@@ -61,12 +72,13 @@ def draw_episode(rng: np.random.Generator, variation: Variation) -> Episode:
     taken = rng.random(len(CONTROLS)) < variation.mask_probability
     values = rng.random(len(CONTROLS))
     perturbed, factor = rng.random() < variation.start_probability, rng.uniform(-1, 1)
+    blind = bool(rng.random() < variation.blind_probability)
     fixed = {
         name: float(control.denormalize(np.asarray(unit)))
         for (name, control), mask, unit in zip(CONTROLS.items(), taken, values, strict=True)
         if mask and name != "lr"
     }
-    return Episode(seed, fixed, float(variation.start_factor**factor) if perturbed else 1.0)
+    return Episode(seed, fixed, float(variation.start_factor**factor) if perturbed else 1.0, blind)
 
 
 def resolve_tasks(task: Task | str | None, tasks: TaskDistribution | None) -> Task | TaskDistribution:
@@ -78,11 +90,11 @@ def resolve_tasks(task: Task | str | None, tasks: TaskDistribution | None) -> Ta
     return task if isinstance(task, Task) else Task.named(task or DEFAULT_TASK)
 
 
-def observation_space() -> spaces.Box:
+def observation_space() -> spaces.Box[np.float32]:
     return spaces.Box(LOW, HIGH, dtype=np.float32)
 
 
-def action_space() -> spaces.Box:
+def action_space() -> spaces.Box[np.float32]:
     return spaces.Box(-1.0, 1.0, (len(CONTROLS),), dtype=np.float32)
 
 
@@ -133,7 +145,7 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
     - `device`, `dtype`: where and in what precision the inner training runs.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
 
     def __init__(
         self,
@@ -175,7 +187,7 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
         lacking = {name: episode.fixed.get(name, 0.0) for name in CONTROLS if name not in self._binding.available}
         self._loop.restart(
             [0],
-            {"val_loss": self._initial},
+            {"val_loss": np.where(episode.blind, np.nan, self._initial)},
             fixed=[{**episode.fixed, **lacking}],
             lr_scale=np.array([episode.lr_scale]),
         )

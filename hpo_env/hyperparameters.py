@@ -105,8 +105,8 @@ class Binding:
         model: nn.Module | None = None,
         batch_sampler: HasBatchSize | None = None,
     ) -> None:
-        self._groups = optimizer.param_groups
-        self._sampler = batch_sampler
+        self._optimizer = optimizer
+        self._batch_sampler = batch_sampler
         self._dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)] if model else []
         self._shares = {
             "lr": _shares([float(group["lr"]) for group in self._groups]),
@@ -115,11 +115,15 @@ class Binding:
         }
 
     @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups  # looked up anew: load_state_dict replaces the list
+
+    @property
     def available(self) -> tuple[str, ...]:
         """Names of the controls that this run has."""
         has = {
             "lr": True,
-            "batch_size": self._sampler is not None,
+            "batch_size": self._batch_sampler is not None,
             "weight_decay": any("weight_decay" in group for group in self._groups),
             "dropout": bool(self._dropouts),
         }
@@ -128,8 +132,8 @@ class Binding:
     def read(self) -> dict[str, float]:
         """The run's present values of its available controls."""
         values = {"lr": max(float(group["lr"]) for group in self._groups)}
-        if self._sampler is not None:
-            values["batch_size"] = float(self._sampler.batch_size)
+        if self._batch_sampler is not None:
+            values["batch_size"] = float(self._batch_sampler.batch_size)
         if "weight_decay" in self.available:
             values["weight_decay"] = max(float(group.get("weight_decay", 0.0)) for group in self._groups)
         if self._dropouts:
@@ -143,8 +147,8 @@ class Binding:
             raise ValueError(f"this run has no {', '.join(unknown)}; it has {', '.join(self.available)}")
         for name, value in values.items():
             if name == "batch_size":
-                assert self._sampler is not None
-                self._sampler.batch_size = int(value)
+                assert self._batch_sampler is not None
+                self._batch_sampler.batch_size = int(value)
             elif name == "dropout":
                 for module, share in zip(self._dropouts, self._shares[name], strict=True):
                     module.p = value * share

@@ -87,7 +87,8 @@ def _above_best(s: RunState) -> Array:
 
 def _since_best(s: RunState) -> Array:
     past = _finite_or(s.telemetry.past("val_loss"), np.inf)
-    return np.asarray((s.telemetry.interval - past.argmin(axis=1)) / s.telemetry.horizon)
+    since = (s.telemetry.interval - past.argmin(axis=1)) / s.telemetry.horizon
+    return np.where(np.isfinite(past).any(axis=1), since, 0.0)  # 0 in a run that has no validation losses
 
 
 def _rank(s: RunState) -> Array:
@@ -118,7 +119,7 @@ def _log10(signal: str, divisor: float, shift: float) -> Callable[[RunState], Ar
 
 
 def _noise(s: RunState) -> Array:
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return np.asarray(s.telemetry.value("grad_norm_std") / s.telemetry.value("grad_norm"))
 
 
@@ -195,7 +196,7 @@ HIGH = np.array([feature.high for feature in FEATURES], np.float32)
 def observe(state: RunState) -> NDArray[np.float32]:
     """The observation of every run, `[runs, len(FEATURES)]`."""
     raw = np.stack([feature.formula(state) for feature in FEATURES], axis=1)
-    return np.clip(np.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float32), LOW, HIGH)
+    return np.clip(np.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0), LOW, HIGH).astype(np.float32)
 
 
 def feature_table() -> str:

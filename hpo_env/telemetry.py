@@ -55,3 +55,7 @@ class Telemetry:
     def past(self, name: str) -> Array:
         """The signal's whole history, `[runs, intervals]`; NaN where not measured."""
         return self._history[name]
+
+    def load(self, interval: NDArray[np.int64], history: Mapping[str, Array]) -> None:
+        """Take over another telemetry's `interval` and `past` of every signal."""
+        self.interval, self._history = interval, dict(history)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import gymnasium
 import numpy as np
 import torch
 from gymnasium.utils import seeding
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from hpo_env.actions import BaseSchedule, calibrated
 from hpo_env.control import ControlLoop
 from hpo_env.env import INFO_KEYS, Variation, action_space, draw_episode, observation_space, resolve_tasks
-from hpo_env.hyperparameters import CONTROLS, Array
+from hpo_env.hyperparameters import Array
 from hpo_env.rewards import diverged, log_fall
 from inner_models.batched_training import BatchedTraining
 from inner_models.tasks import Task, TaskDistribution, prepare
@@ -186,7 +187,7 @@ class _Cohort:
         lacking = () if self._training.has_dropout else ("dropout",)
         self.loop.restart(
             rows,
-            {"val_loss": losses},
+            {"val_loss": np.where([e.blind for e in episodes], np.nan, losses)},
             fixed=[{**e.fixed, **{name: e.fixed.get(name, 0.0) for name in lacking}} for e in episodes],
             lr_scale=np.array([e.lr_scale for e in episodes]),
         )
@@ -196,7 +197,8 @@ class _Cohort:
             self.info[name][rows] = values[rows]
 
     def step(self, actions: Array) -> None:
-        assert self._training is not None, "call reset() before step()"
+        if self._training is None:
+            raise gymnasium.error.ResetNeeded("call reset() before step(): there is no episode under way")
         values = self.loop.decide(actions)
         signals = self._training.advance(values)
         self.loop.record(signals)
@@ -207,7 +209,8 @@ class _Cohort:
         self.truncated = np.zeros(self._size, bool)
         self.info = {name: signals[name] for name in ("train_loss", "val_loss")} | {"diverged": lost} | values
         self._age += 1
-        moves_on = self._age >= self.task.horizon and not isinstance(self._source, Task)
+        # Only the environment's own fixed task is gone on with; one from `options` is for one episode.
+        moves_on = self._age >= self.task.horizon and self.task is not self._source
         if moves_on:
             self.truncated = ~self.terminated
         over = self.terminated | self.truncated

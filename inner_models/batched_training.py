@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from inner_models.datasets import Split
 from inner_models.models import Dropout, build_model
 from inner_models.replicated_layers import MaskSource, replicate
 from inner_models.sampling import MICRO_BATCH, draw_order
@@ -120,7 +121,7 @@ class BatchedTraining:
             for step in range(plan.micro_steps):
                 chosen = batches[step]
                 losses = self._losses(self._inputs[chosen], self._targets[chosen])
-                losses.sum().backward()
+                losses.sum().backward()  # type: ignore[no-untyped-call]
                 total += losses.detach()
                 update(step, sums)
 
@@ -147,14 +148,14 @@ class BatchedTraining:
         Raises:
             LookupError: the test split was not handed to this run.
         """
-        rows = getattr(self._data.dataset, split)
+        rows: Split | None = getattr(self._data.dataset, split)
         if rows is None:
             raise LookupError(f"this run was made without the {split} split")
         for source in self._masks:
             source.active = False
         size = max(1, _EVALUATION_ROWS // self.replicas)
         total = torch.zeros(self.replicas, device=self._device, dtype=torch.float64)
-        for x, y in zip(rows.inputs.split(size), rows.targets.split(size), strict=True):
+        for x, y in zip(torch.split(rows.inputs, size), torch.split(rows.targets, size), strict=True):
             inputs = self._place(x).expand(self.replicas, *x.shape)
             targets = self._place(y).expand(self.replicas, *y.shape)
             total += self._losses(inputs, targets).double() * len(x)

@@ -8,7 +8,6 @@ become the train mean. `seed` fixes the split, and the sample of a procedural se
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import importlib
 import importlib.util
@@ -26,6 +25,9 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from sklearn import datasets as sklearn_datasets
 from torch import Tensor
+
+from inner_models import generators
+from inner_models.names import unknown
 
 Modality = Literal["table", "image", "sequence", "text"]
 Target = Literal["classification", "regression", "next_token"]
@@ -115,6 +117,11 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
     return _load(name, seed)
 
 
+def check_dataset_name(name: str) -> None:
+    """Raise a DatasetError that suggests the nearest name unless `name` is one. Loads nothing."""
+    _spec(name)
+
+
 @lru_cache(maxsize=64)
 def _load(name: str, seed: int) -> Dataset:
     spec = _spec(name)
@@ -151,11 +158,9 @@ def _spec(name: str) -> _Spec:
         return _Spec("table", partial(_openml, rest), needs="pandas")
     if prefix == "torchvision" and rest:
         return _Spec("image", partial(_torchvision, rest), needs="torchvision")
-    nearest = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.4)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
     families = [f"{family}-0..{count - 1}" for family, (_, _, count) in _FAMILIES.items()]
     known = sorted(families + [other for other in _REGISTRY if other.rpartition("-")[0] not in _FAMILIES])
-    raise DatasetError(f"unknown data set {name!r}{hint} known: {', '.join(known)}")
+    raise DatasetError(unknown("data set", name, _REGISTRY, shown=known))
 
 
 def _split_rows(source: _Source, target: Target, rng: Generator) -> tuple[Array, Array, Array]:
@@ -354,105 +359,11 @@ def _torchvision(item: str, rng: Generator) -> _Source:
     return _Source(images.astype(np.float32) / 255, labels, np.repeat([0, 2], [len(half.data) for half in halves]))
 
 
-# -- generators: `number` fixes the problem, `rng` the sample --------------------------------------------------------
+# -- the registry ----------------------------------------------------------------------------------------------------
 
 
-def _teacher(number: int, rng: Generator) -> _Source:
-    """Labels of a random tanh network, some of them wrong."""
-    problem = np.random.default_rng([1, number])
-    features, classes, rows = problem.integers(10, 61), problem.integers(2, 11), problem.integers(600, 3001)
-    hidden = problem.normal(size=(features, 16)) * 2 / np.sqrt(features)
-    readout, noise = problem.normal(size=(16, classes)), problem.uniform(0, 0.3)
-    inputs = rng.normal(size=(rows, features))
-    logits = np.tanh(inputs @ hidden) @ readout
-    labels = ((logits - logits.mean(axis=0)) / logits.std(axis=0)).argmax(axis=1)  # no class starves
-    return _Source(inputs, _classes(np.where(rng.random(rows) < noise, rng.integers(classes, size=rows), labels)))
-
-
-def _friedman(rng: Generator) -> _Source:
-    inputs, targets = sklearn_datasets.make_friedman1(2000, noise=1.0, random_state=int(rng.integers(2**31)))
-    return _Source(inputs, targets[:, None])
-
-
-def _smoothing(size: int, width: float) -> Array:
-    """[size, size] Gaussian smoothing that keeps white noise at unit variance."""
-    kernel = np.exp(-0.5 * np.square(np.subtract.outer(np.arange(size), np.arange(size)) / width))
-    return np.asarray(kernel / np.linalg.norm(kernel, axis=1, keepdims=True))
-
-
-def _mnist1d(rng: Generator) -> _Source:
-    """After MNIST-1D (Greydanus and Kobak, 2024): ten templates, moved, stretched, scaled, sheared, in smooth noise."""
-    rows, steps = 5000, 40
-    templates = np.random.default_rng(2).normal(size=(10, 12)) @ _smoothing(12, 1.2).T
-    labels = rng.integers(10, size=rows)
-    width = rng.uniform(18, 30, size=(rows, 1))
-    position = (np.arange(steps) - rng.uniform(0, steps - width)) / width * 11
-    left = np.clip(np.floor(position).astype(np.int64), 0, 10)
-    shape = templates[labels[:, None], left] * (left + 1 - position)
-    shape += templates[labels[:, None], left + 1] * (position - left)
-    shape = np.where((position < 0) | (position > 11), 0, shape) * rng.normal(1, 0.25, size=(rows, 1))
-    shear = rng.uniform(-0.75, 0.75, size=(rows, 1)) * np.linspace(-1, 1, steps)
-    noise = 0.25 * rng.normal(size=(rows, steps)) @ _smoothing(steps, 1.0).T
-    return _Source((shape + shear + noise)[:, :, None], labels)
-
-
-def _marked_pair(rows: int, steps: int, rng: Generator) -> tuple[Array, Array]:
-    """[rows, steps] markers, 1 at two places, and the two places [rows, 2]."""
-    places = rng.random((rows, steps)).argsort(axis=1)[:, :2]
-    markers = np.zeros((rows, steps))
-    np.put_along_axis(markers, places, 1, axis=1)
-    return markers, places
-
-
-def _xor(rng: Generator) -> _Source:
-    """Parity of the two marked bits."""
-    bits = rng.integers(2, size=(4000, 14))
-    markers, places = _marked_pair(4000, 14, rng)
-    return _Source(np.stack([bits, markers], axis=2), np.take_along_axis(bits, places, axis=1).sum(axis=1) % 2)
-
-
-def _addition(rng: Generator) -> _Source:
-    """Sum of the two marked numbers (Hochreiter and Schmidhuber, 1997)."""
-    numbers = rng.random((4000, 20))
-    markers, places = _marked_pair(4000, 20, rng)
-    return _Source(np.stack([numbers, markers], axis=2), np.take_along_axis(numbers, places, axis=1).sum(1)[:, None])
-
-
-def _waveforms(rng: Generator) -> _Source:
-    """Which of six frequencies is the strongest, at any phase, among weaker ones and noise."""
-    rows = 3000
-    labels, time = rng.integers(6, size=rows), np.arange(32) / 32
-    frequency = np.column_stack([2 + 1.5 * labels, rng.uniform(1, 12, size=(rows, 2))])
-    amplitude = np.array([1.0, 0.5, 0.5]) * rng.uniform(0.7, 1.3, size=(rows, 3))
-    phase = rng.uniform(0, 2 * np.pi, size=(rows, 3))
-    waves = amplitude[:, :, None] * np.sin(2 * np.pi * frequency[:, :, None] * time + phase[:, :, None])
-    return _Source((waves.sum(axis=1) + 0.3 * rng.normal(size=(rows, 32)))[:, :, None], labels)
-
-
-def _markov_text(number: int, rng: Generator) -> _Source:
-    """Windows of an order-2 Markov chain; each pair of symbols has at most four successors."""
-    problem = np.random.default_rng([3, number])
-    symbols, rows = int(problem.integers(20, 41)), 3000
-    successors = problem.integers(symbols, size=(symbols, symbols, 4))
-    chances = problem.dirichlet(np.full(4, 0.5), size=(symbols, symbols)).cumsum(axis=2)
-    text = list(rng.integers(symbols, size=(2, rows)))
-    for _ in range(7 + WINDOW + 1):  # the first steps only forget the start
-        choice = (rng.random((rows, 1)) > chances[text[-2], text[-1]]).sum(axis=1).clip(max=3)
-        text.append(successors[text[-2], text[-1], choice])
-    windows = np.stack(text[-WINDOW - 1 :], axis=1)
-    return _Source(windows[:, :-1], windows[:, 1:])
-
-
-def _images(number: int, rng: Generator) -> _Source:
-    """Random blob templates, one a class, shifted and faded in noise."""
-    problem = np.random.default_rng([4, number])
-    size, classes, rows = 8 + 4 * (number % 2), problem.integers(4, 11), problem.integers(1500, 4001)
-    smoothing, noise, shift = _smoothing(size, problem.uniform(0.8, 1.6)), problem.uniform(0.8, 2.0), 1 + number % 2
-    templates = smoothing @ problem.normal(size=(classes, size, size)) @ smoothing.T
-    labels = rng.integers(classes, size=rows)
-    down, right = (np.arange(size) + rng.integers(-shift, shift + 1, size=(2, rows, 1))) % size
-    images = templates[labels[:, None, None], down[:, :, None], right[:, None, :]] * rng.uniform(0.5, 1.5, (rows, 1, 1))
-    return _Source((images + noise * rng.normal(size=images.shape))[:, None], labels)
+def _generated(modality: Modality, generate: Callable[[Generator], generators.Sample]) -> _Spec:
+    return _Spec(modality, lambda rng: _Source(*generate(rng)), procedural=True)
 
 
 _KEEL: dict[str, tuple[Modality, str]] = {
@@ -488,10 +399,10 @@ _SKTIME = {
     "japanese-vowels": "JapaneseVowels",
     "osu-leaf": "OSULeaf",
 }
-_FAMILIES: dict[str, tuple[Modality, Callable[[int, Generator], _Source], int]] = {
-    "images": ("image", _images, 8),
-    "markov-text": ("text", _markov_text, 8),
-    "teacher": ("table", _teacher, 32),
+_FAMILIES: dict[str, tuple[Modality, Callable[[int, Generator], generators.Sample], int]] = {
+    "images": ("image", generators.images, 8),
+    "markov-text": ("text", partial(generators.markov_text, length=WINDOW), 8),
+    "teacher": ("table", generators.teacher, 32),
 }
 _REGISTRY: dict[str, _Spec] = {
     "digits": _Spec("image", partial(_sklearn, "load_digits")),
@@ -510,13 +421,13 @@ _REGISTRY: dict[str, _Spec] = {
     "fashion-mnist": _Spec("image", _fashion_mnist),
     "pydoc-topics": _Spec("text", _pydoc_topics),
     **{
-        f"{family}-{number}": _Spec(modality, partial(generate, number), procedural=True)
+        f"{family}-{number}": _generated(modality, partial(generate, number))
         for family, (modality, generate, count) in _FAMILIES.items()
         for number in range(count)
     },
-    "friedman": _Spec("table", _friedman, procedural=True),
-    "mnist1d": _Spec("sequence", _mnist1d, procedural=True),
-    "xor-sequence": _Spec("sequence", _xor, procedural=True),
-    "addition-sequence": _Spec("sequence", _addition, procedural=True),
-    "waveforms": _Spec("sequence", _waveforms, procedural=True),
+    "friedman": _generated("table", generators.friedman),
+    "mnist1d": _generated("sequence", generators.mnist1d),
+    "xor-sequence": _generated("sequence", generators.xor),
+    "addition-sequence": _generated("sequence", generators.addition),
+    "waveforms": _generated("sequence", generators.waveforms),
 }

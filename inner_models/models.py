@@ -102,7 +102,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(attend(self.qkv(x), self.heads, self.causal))
+        result: Tensor = self.out(attend(self.qkv(x), self.heads, self.causal))
+        return result
 
 
 def attend(qkv: Tensor, heads: int, causal: bool) -> Tensor:

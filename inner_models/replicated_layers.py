@@ -88,7 +88,7 @@ class MaskSource:
     def restart(self, replica: int, stream: np.random.Generator) -> None:
         """Give one replica a new stream."""
         self._streams[replica] = stream
-        if self._buffer is not None:
+        if self._buffer is not None and self._at < self._buffer.shape[1]:  # bytes(0) would move the stream
             self._draw(self._buffer, replica, self._at)
 
     def apply(self, x: Tensor) -> Tensor:
@@ -147,8 +147,9 @@ def _linear_twin(module: nn.Linear, p: Parameters) -> Forward:
 
 @_twin.register
 def _conv2d(module: nn.Conv2d, p: Parameters) -> Forward:
-    """Convolution as one batched matrix product over unfolded patches: many small kernels defeat grouped convolution."""
+    """One batched matrix product over unfolded patches: many small kernels defeat grouped convolution."""
     kernel, padding = module.kernel_size, module.padding
+    assert not isinstance(padding, str)
 
     def forward(x: Tensor) -> Tensor:
         replicas, batch, channels, height, width = x.shape
@@ -205,7 +206,7 @@ def _attention(module: Attention, p: Parameters) -> Forward:
     def forward(x: Tensor) -> Tensor:
         qkv = _linear(x, p["qkv.weight"], p["qkv.bias"])
         mixed = attend(qkv.flatten(0, 1), module.heads, module.causal)
-        return _linear(mixed.unflatten(0, x.shape[:2]), p["out.weight"], p["out.bias"])
+        return _linear(mixed.reshape(x.shape), p["out.weight"], p["out.bias"])
 
     return forward
 

@@ -14,7 +14,15 @@ _TABLES = (
 )  # fmt: skip
 _TEACHERS = tuple(f"teacher-{number}" for number in range(24))
 _IMAGES = ("digits", "optdigits", *(f"images-{number}" for number in range(6)))
-_SEQUENCES = ("gun-point", "osu-leaf", "arrow-head", "movement-libras", "waveforms", "xor-sequence", "addition-sequence")
+_SEQUENCES = (
+    "gun-point",
+    "osu-leaf",
+    "arrow-head",
+    "movement-libras",
+    "waveforms",
+    "xor-sequence",
+    "addition-sequence",
+)
 _TEXTS = tuple(f"markov-text-{number}" for number in range(6))
 
 _TABLE_KINDS: tuple[ModelKind, ...] = ("mlp", "mlp", "mlp", "mlp", "linear", "autoencoder")

@@ -179,8 +179,8 @@ class TaskDistribution:
     widths: tuple[int, int] = (16, 96)
     depths: tuple[int, int] = (1, 3)
     optimizers: tuple[OptimizerName, ...] = ("adamw", "adamw", "adamw", "sgd")
-    horizons: tuple[int, int] = (8, 32)
-    interval_examples: tuple[int, int] = (256, 1024)
+    horizons: tuple[int, int] = (8, 48)
+    interval_examples: tuple[int, int] = (128, 2048)
     train_rows: tuple[int, int] = (96, 2048)
     eval_rows: int = 384
     noisy_share: float = 0.3

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from inner_models.datasets import Split
 from inner_models.models import Dropout, build_model
 from inner_models.sampling import MICRO_BATCH, BatchSampler
 from inner_models.signals import GradientMeter
@@ -88,7 +89,7 @@ class Training:
         for rows in self.batch_sampler:
             self.optimizer.zero_grad()
             losses = self._losses(split.inputs[rows], split.targets[rows])
-            losses.mean().backward()
+            losses.mean().backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             total += losses.detach().mean() * len(rows)
         signals = self._meter.finish()
@@ -103,11 +104,11 @@ class Training:
         Raises:
             LookupError: the test split was not handed to this run.
         """
-        rows = getattr(self.data.dataset, split)
+        rows: Split | None = getattr(self.data.dataset, split)
         if rows is None:
             raise LookupError(f"this run was made without the {split} split")
         self.model.eval()
-        chunks = zip(rows.inputs.split(4096), rows.targets.split(4096), strict=True)
+        chunks = zip(torch.split(rows.inputs, 4096), torch.split(rows.targets, 4096), strict=True)
         return sum(self._losses(x, y).sum().item() for x, y in chunks) / rows.targets.numel()
 
     def snapshot(self) -> dict[str, object]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
-
-import tyro
 
 from agents.calibration import calibrate
 from inner_models.splits import META_TRAIN
 from inner_models.tasks import OptimizerName
+from scripts.common import run_main
+
+SHORTER = replace(META_TRAIN, horizons=(8, 32), interval_examples=(256, 1024))
+"""Meta-train with runs of moderate length: each of hundreds of configurations is trained on every task."""
 
 
 @dataclass
@@ -22,7 +24,7 @@ class Config:
     """File to write."""
     configurations: int = 256
     """Random configurations for each optimizer."""
-    tasks: int = 24
+    tasks: int = 20
     """Meta-train tasks of the first round; the finalists meet twice as many fresh ones."""
     seed: int = 0
     """Seed of configurations and tasks."""
@@ -35,7 +37,7 @@ def main(config: Config) -> None:
     for optimizer in get_args(OptimizerName):
         schedule, found = calibrate(
             optimizer,
-            META_TRAIN,
+            SHORTER,
             configurations=config.configurations,
             tasks=config.tasks,
             seed=config.seed,
@@ -52,4 +54,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    run_main(Config, main)

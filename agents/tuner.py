@@ -1,0 +1,328 @@
+"""`Tuner`: a policy attached to a user's own PyTorch training run."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpo_env.actions import BaseSchedule
+from hpo_env.control import ControlLoop
+from hpo_env.hyperparameters import CONTROLS, Binding, HasBatchSize
+from inner_models.sampling import BatchSampler
+from inner_models.signals import GradientMeter
+
+from .policy import ControlPolicy, PolicyError
+
+PRETRAINED = "pretrained.safetensors"
+
+_log = logging.getLogger("hyperpilot")
+
+
+class ScalarWriter(Protocol):
+    """What a TensorBoard `SummaryWriter` offers here."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
+
+
+class _BatchSize:
+    """The batch size in use; the run's samplers follow it."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self.samplers: list[HasBatchSize] = []
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        self._batch_size = value
+        for sampler in self.samplers:
+            sampler.batch_size = value
+
+
+class Tuner:
+    """Sets a run's learning rate, weight decay, dropout and batch size, epoch by epoch.
+
+    The first decision is taken here, before training starts; each `step` takes the next.
+
+    Args:
+        policy: the policy that decides; `Tuner.load` and `Tuner.pretrained` read one.
+        optimizer: the run's optimizer. Its parameter groups keep their ratios to one another, and groups without
+            weight decay stay so.
+        total_epochs: how many times `step` will be called.
+        model: the model; needed to move dropout and for the guard.
+        batch_size: the run's batch size, if the tuner may change it; batches must then come from `batch_sampler`.
+        start: `policy` chooses absolute values, for training from scratch; `given` takes the run's own values (with
+            warm-up and cosine decay) as the base and stays within `max_factor` of them, for fine-tuning.
+        max_factor: see `start`.
+        initial_loss: validation loss before training, if known: a signal like any other.
+        signals: names of the losses that the run will give to `step`.
+        guard: when the run diverges (a loss that is not finite, or far above the run's best), restore the best
+            snapshot and lower the learning rate to a quarter. Keeps one copy of the model's and optimizer's state.
+        writer: a TensorBoard `SummaryWriter` (or anything with `add_scalar`) for losses and controls.
+
+    Attributes:
+        history: one entry a decision: the epoch it is for, the signals and observation it saw, the action, the values
+            set, and what the guard did.
+
+    Raises:
+        ValueError: bad arguments; the message names the value.
+        PolicyError: the policy needs a signal that the run does not give.
+
+    Example:
+        >>> tuner = Tuner.pretrained(optimizer, model=model, total_epochs=30)  # doctest: +SKIP
+        >>> for epoch in range(30):  # doctest: +SKIP
+        ...     train_loss, val_loss = train_one_epoch(), validate()
+        ...     tuner.step(train_loss=train_loss, val_loss=val_loss)
+    """
+
+    def __init__(
+        self,
+        policy: ControlPolicy,
+        optimizer: torch.optim.Optimizer,
+        *,
+        total_epochs: int,
+        model: nn.Module | None = None,
+        batch_size: int | None = None,
+        start: Literal["policy", "given"] = "policy",
+        max_factor: float = 10.0,
+        initial_loss: float | None = None,
+        signals: Sequence[str] = ("train_loss", "val_loss"),
+        guard: bool = True,
+        writer: ScalarWriter | None = None,
+    ) -> None:
+        if total_epochs < 1:
+            raise ValueError(f"total_epochs must be at least 1, not {total_epochs}")
+        if start not in ("policy", "given"):
+            raise ValueError(f"start must be 'policy' or 'given', not {start!r}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        missing = [name for name in policy.header.required_signals if name not in signals]
+        if missing:
+            raise PolicyError(
+                f"this policy needs {' and '.join(missing)} at every step, which this run does not give "
+                f"(signals={tuple(signals)}); use a policy trained without"
+            )
+        self.policy, self.total_epochs = policy, total_epochs
+        self._required = policy.header.required_signals
+        self._optimizer, self._model, self._writer = optimizer, model, writer
+        self._batch_size = None if batch_size is None else _BatchSize(batch_size)
+        self._binding = Binding(optimizer, model, self._batch_size)
+        sgd = isinstance(optimizer, torch.optim.SGD)
+        if start == "given":
+            base = BaseSchedule(**{"batch_size": 1.0, "weight_decay": 0.0, "dropout": 0.0, **self._binding.read()})
+        else:
+            base = policy.header.base_schedule("sgd" if sgd else "adamw")
+        self._loop = ControlLoop(
+            1,
+            horizon=total_epochs,
+            base=base,
+            parameters=sum(p.numel() for group in optimizer.param_groups for p in group["params"]),
+            momentum_sgd=sgd,
+            max_factor=max_factor if start == "given" else math.inf,
+        )
+        lacking = {name: 0.0 for name in CONTROLS if name not in self._binding.available}
+        known = {} if initial_loss is None else {"val_loss": np.array([_number("initial_loss", initial_loss)])}
+        self._loop.restart([0], known, fixed=[lacking])
+        self._meter = GradientMeter(optimizer)
+        self._guard = _Guard(model, optimizer) if guard and model is not None else None
+        self._policy_state: Any = None
+        self.history: list[dict[str, Any]] = []
+        self._decide({name: float(value[0]) for name, value in known.items()}, None)
+
+    @classmethod
+    def load(cls, path: Path | str, optimizer: torch.optim.Optimizer, **arguments: Any) -> Self:
+        """A tuner with the policy in the file at `path`; the other arguments are the class's own.
+
+        Raises:
+            FileNotFoundError, PolicyError: no such file; a file that is not a whole policy for this version.
+        """
+        return cls(ControlPolicy.load(path), optimizer, **arguments)
+
+    @classmethod
+    def pretrained(cls, optimizer: torch.optim.Optimizer, **arguments: Any) -> Self:
+        """A tuner with the policy that ships with the package."""
+        return cls.load(pretrained_path(), optimizer, **arguments)
+
+    @property
+    def hyperparameters(self) -> dict[str, float]:
+        """The values in use, of the controls that this run has."""
+        return self._binding.read()
+
+    @property
+    def epoch(self) -> int:
+        """Epochs finished."""
+        return int(self._loop.state.telemetry.interval[0])
+
+    def step(self, *, train_loss: float, val_loss: float | None = None) -> dict[str, float]:
+        """Call at the end of every epoch. Sets the hyperparameters for the next one and returns them.
+
+        Losses may be numbers or one-element tensors. One that is not finite is a divergence, not an error.
+
+        Raises:
+            ValueError: a loss that the policy needs is missing or not a number.
+        """
+        losses = {"train_loss": train_loss, "val_loss": val_loss}
+        missing = [name for name in self._required if losses.get(name) is None]
+        if missing:
+            raise ValueError(f"this policy needs {' and '.join(missing)} at every step: pass {missing[0]}=...")
+        signals = {name: _number(name, value) for name, value in losses.items() if value is not None}
+        epoch = self.epoch
+        self._write("inner", signals, epoch)
+        self._loop.record({k: np.array([v]) for k, v in {**self._meter.finish(), **signals}.items()})
+        verdict = self._guard.check(signals) if self._guard else None
+        if verdict and self._guard:
+            self._guard.restore()
+            self._loop.shift("lr", -math.log(4))
+            self._meter.begin()
+            _log.warning("epoch %d: %s; restored the best snapshot and lowered lr to a quarter", epoch + 1, verdict)
+        if self.epoch < self.total_epochs:
+            self._decide(signals, verdict)
+        elif self.epoch == self.total_epochs + 1:
+            _log.warning("more epochs than total_epochs=%d: values stay as they are", self.total_epochs)
+        return self.hyperparameters
+
+    def batch_sampler(self, data: Sized | int, *, seed: int | np.random.Generator = 0) -> BatchSampler:
+        """A batch sampler for `DataLoader(data, batch_sampler=...)` whose batches have the size in use.
+
+        Args:
+            data: the data set, or its number of rows.
+            seed: seed or generator of the row order.
+
+        Raises:
+            ValueError: the tuner was made without `batch_size`.
+        """
+        rows = data if isinstance(data, int) else len(data)
+        sampler = BatchSampler(rows, 1, np.random.default_rng(seed))
+        self.follow(sampler)
+        return sampler
+
+    def follow(self, sampler: HasBatchSize) -> None:
+        """Have a sampler of the user's own, with a settable `batch_size`, take the batch size in use from now on.
+
+        Raises:
+            ValueError: the tuner was made without `batch_size`.
+        """
+        if self._batch_size is None:
+            raise ValueError("the tuner was made without batch_size=..., so it does not control the batch size")
+        sampler.batch_size = self._batch_size.batch_size
+        self._batch_size.samplers.append(sampler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State to put in the run's own checkpoint (tensors and plain values, the guard's snapshot included)."""
+        return {
+            "loop": self._loop.state_dict(),
+            "hyperparameters": self.hyperparameters,
+            "history": copy.deepcopy(self.history),
+            "total_epochs": self.total_epochs,
+            "guard": self._guard.state_dict() if self._guard else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint. Load the model's and the optimizer's state first.
+
+        Raises:
+            ValueError: the state is that of a run of another length.
+        """
+        if state["total_epochs"] != self.total_epochs:
+            raise ValueError(f"the state is of a run of {state['total_epochs']} epochs, not {self.total_epochs}")
+        self._loop.load_state_dict(state["loop"])
+        self._binding.write(state["hyperparameters"])
+        self.history = copy.deepcopy(list(state["history"]))
+        if self._guard and state["guard"]:
+            self._guard.load_state_dict(state["guard"])
+        self._meter.begin()
+
+    def close(self) -> None:
+        """Take the measuring hook off the optimizer."""
+        self._meter.close()
+
+    def _decide(self, signals: dict[str, float], guard: str | None) -> None:
+        observation = self._loop.observe()
+        action, self._policy_state = self.policy.act(observation, self._policy_state)
+        values = self._loop.decide(action)
+        chosen = {name: float(values[name][0]) for name in self._binding.available}
+        self._binding.write(chosen)
+        self._write("control", chosen, self.epoch)
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                "signals": signals,
+                "observation": observation[0].tolist(),
+                "action": action[0].tolist(),
+                "hyperparameters": chosen,
+                "guard": guard,
+            }
+        )
+
+    def _write(self, group: str, values: Mapping[str, float], epoch: int) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, epoch)
+
+
+def pretrained_path() -> Path:
+    """Where the policy that ships with the package lies."""
+    return Path(__file__).with_name(PRETRAINED)
+
+
+class _Guard:
+    """Notices divergence and keeps the best snapshot."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._first: float | None = None
+        self._best = math.inf
+        self._take()
+
+    def check(self, signals: Mapping[str, float]) -> str | None:
+        """What is wrong with the run, if anything; otherwise a new best loss is remembered with its state."""
+        broken = [name for name, value in signals.items() if not math.isfinite(value)]
+        if broken:
+            return f"{' and '.join(broken)} not finite"
+        loss = signals.get("val_loss", signals.get("train_loss", math.inf))
+        first = self._first = loss if self._first is None else self._first
+        # Far above: it has risen by twice all that was gained, and to at least three times the best.
+        if math.isfinite(self._best) and loss > self._best + 2 * max(first - self._best, abs(self._best)):
+            return f"loss {loss:.4g} is far above the run's best, {self._best:.4g}"
+        if loss < self._best:
+            self._best = loss
+            self._take()
+        return None
+
+    def restore(self) -> None:
+        self._model.load_state_dict(self._snapshot["model"])
+        rates = [(group["lr"], group.get("weight_decay")) for group in self._optimizer.param_groups]
+        self._optimizer.load_state_dict(copy.deepcopy(self._snapshot["optimizer"]))
+        for group, (lr, decay) in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
+            if decay is not None:
+                group["weight_decay"] = decay
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self._first, "best": self._best, "snapshot": self._snapshot}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._first, self._best, self._snapshot = state["first"], state["best"], state["snapshot"]
+
+    def _take(self) -> None:
+        self._snapshot: dict[str, Any] = copy.deepcopy(
+            {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        )
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, not {value!r}") from None

@@ -1,0 +1,113 @@
+"""Train a task once with a policy and once with each baseline; print, compare, and write all of it down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from agents.application import BASELINES, MakeController, Run, train, with_policy
+from agents.policy import ControlPolicy
+from agents.tuner import pretrained_path
+from hpo_env.hyperparameters import CONTROLS
+from inner_models.tasks import OptimizerName, Task
+from scripts.common import (
+    check_device,
+    check_out,
+    console,
+    progress_bar,
+    run_main,
+    tensorboard_hint,
+    write_json,
+)
+
+RESULT_FILE = "result.json"
+
+
+@dataclass
+class Config:
+    """Apply a saved policy to a training run that it has never seen, beside the usual baselines."""
+
+    task: str
+    """What to train: <data set>/<model>, such as letter/mlp."""
+    out: Path
+    """Folder for TensorBoard events (a run each method) and result.json."""
+    policy: Path | None = None
+    """Policy file; the one that ships with hyperpilot when left out."""
+    json: Path | None = None
+    """Also write the result to this file."""
+    seed: int = 0
+    """Fixes initial weights, data order and dropout masks: the same for every method."""
+    epochs: int = 30
+    """Length of the run."""
+    device: str = "cpu"
+    """Where to train: cpu or cuda."""
+    optimizer: OptimizerName = "adamw"
+    """The inner optimizer."""
+
+
+def main(config: Config) -> None:
+    check_device(config.device)
+    task = Task.named(config.task, horizon=config.epochs, optimizer=config.optimizer)
+    policy = ControlPolicy.load(config.policy or pretrained_path())
+    check_out(config.out, RESULT_FILE)
+    results = compare(task, {"policy": with_policy(policy), **BASELINES}, config.seed, config.device, config.out)
+    write_json(config.out / RESULT_FILE, results)
+    if config.json:
+        write_json(config.json, results)
+    console.print(tensorboard_hint(config.out), soft_wrap=True)
+
+
+def compare(
+    task: Task, methods: Mapping[str, MakeController], seed: int, device: str, out: Path
+) -> dict[str, dict[str, Any]]:
+    """Train `task` with each method, print the tables, and return the result as JSON has it."""
+    runs: dict[str, Run] = {}
+    with progress_bar(f"training {task.name}", task.horizon * len(methods)) as update:
+        for index, (name, attach) in enumerate(methods.items()):
+            with SummaryWriter(str(out / name)) as writer:
+                runs[name] = train(
+                    task,
+                    attach,
+                    seed,
+                    device=device,
+                    writer=writer,
+                    report=lambda epoch, done=index * task.horizon, name=name: update(done + epoch, name),  # type: ignore[misc]
+                )
+    for name, run in runs.items():
+        if name.startswith("policy"):
+            console.print(epoch_table(name, run))
+    console.print(summary_table(task, runs, seed))
+    return {name: run.to_dict() for name, run in runs.items()}
+
+
+def epoch_table(name: str, run: Run) -> Table:
+    """Hyperparameters and losses, epoch by epoch."""
+    table = Table(title=f"{name}: what it set, and what came of it")
+    for heading in ("epoch", *run.controls, "train loss", "val loss"):
+        table.add_column(heading, justify="right")
+    for epoch, (train_loss, val_loss) in enumerate(zip(run.train_loss, run.val_loss, strict=True)):
+        values = [f"{run.controls[control][epoch]:.3g}" for control in CONTROLS if control in run.controls]
+        table.add_row(str(epoch + 1), *values, f"{train_loss:.4f}", f"{val_loss:.4f}")
+    return table
+
+
+def summary_table(task: Task, runs: Mapping[str, Run], seed: int) -> Table:
+    """One row a method."""
+    table = Table(title=f"{task.name}, {task.optimizer}, {task.horizon} epochs, seed {seed}")
+    for heading in ("method", "final val loss", "best val loss", "test loss at best val", "final test loss", "seconds"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    winner = min(runs, key=lambda name: runs[name].val_loss[-1])
+    for name, run in runs.items():
+        figures = (run.val_loss[-1], min(run.val_loss), run.test_loss, run.final_test_loss)
+        style = "bold" if name == winner else None
+        table.add_row(name, *(f"{figure:.4f}" for figure in figures), f"{run.seconds:.1f}", style=style)
+    return table
+
+
+if __name__ == "__main__":
+    run_main(Config, main)

@@ -1,0 +1,99 @@
+"""What the command-line doors share: bad input, output folders, devices, progress."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from inner_models.names import unknown
+
+console = Console()
+
+Config = TypeVar("Config")
+
+
+def fail(message: str) -> NoReturn:
+    """Bad input: one line on standard error, exit 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run_main(config: type[Config], main: Callable[[Config], None]) -> None:
+    """Parse the command line into `config` and call `main`; bad input exits with 2, an interruption with 130."""
+    try:
+        main(tyro.cli(config))
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def known(what: str, name: str, names: list[str]) -> str:
+    """`name`, if it is one of `names`; otherwise an error that suggests the nearest."""
+    if name not in names:
+        raise ValueError(unknown(what, name, names))
+    return name
+
+
+def check_device(device: str) -> None:
+    """Fail unless torch can use `device`."""
+    kind = device.split(":")[0]
+    known("device", kind, ["cpu", "cuda"])
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' is not available on this machine (torch sees no GPU); use --device cpu")
+
+
+def check_out(out: Path, marker: str) -> None:
+    """Make the folder `out`; fail if it is not writable or already holds a run (a file named `marker`)."""
+    if (out / marker).exists():
+        raise ValueError(f"{out} already holds a run ({marker}); choose another --out or remove it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, making the folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar: the yielded function takes what is done and a remark. Plain lines where there is no terminal."""
+    if not console.is_terminal:
+        shown = ""
+
+        def report(done: int, remark: str) -> None:
+            nonlocal shown
+            if remark != shown:
+                shown = remark
+                print(f"{description}: {done}/{total} {remark}", flush=True)
+
+        yield report
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[remark]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(description, total=total, remark="")
+        yield lambda done, remark: progress.update(bar, completed=done, remark=remark)
+
+
+def tensorboard_hint(folder: Path) -> str:
+    return f"look at the curves: tensorboard --logdir {folder}"

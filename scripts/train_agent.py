@@ -1,0 +1,116 @@
+"""Meta-train an agent across many small training runs; leave a policy file and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from agents.policy import ControlPolicy
+from agents.ppo import CHECKPOINT_FILE, CONFIG_FILE, POLICY_FILE, PRESETS, Progress, effective_config, meta_train
+from scripts.common import (
+    check_device,
+    check_out,
+    console,
+    known,
+    progress_bar,
+    run_main,
+    tensorboard_hint,
+    write_json,
+)
+
+
+@dataclass
+class Config:
+    """Meta-train a policy with PPO. Ctrl-C keeps a checkpoint; `--resume` goes on from it."""
+
+    out: Path
+    """Folder for policy.safetensors, config.json, checkpoint.pt and TensorBoard events."""
+    preset: str = "default"
+    """smoke (about a minute on 2 cores), demo (a few minutes) or default (about an hour)."""
+    seed: int = 0
+    """Fixes initial weights, tasks and all noise."""
+    device: str = "cpu"
+    """Where the inner models train: cpu or cuda."""
+    resume: bool = False
+    """Go on from the checkpoint in the folder."""
+    json: Path | None = None
+    """Also write the meta-validation history to this file."""
+
+
+def main(config: Config) -> None:
+    preset = PRESETS[known("preset", config.preset, list(PRESETS))]
+    check_device(config.device)
+    if config.resume:
+        _check_same_run(config)
+    else:
+        check_out(config.out, CONFIG_FILE)
+    history: list[dict[str, float]] = []
+    started = time.monotonic()
+    with progress_bar(f"meta-training ({config.preset})", preset.timesteps) as update:
+        remark = ""
+
+        def report(progress: Progress) -> None:
+            nonlocal remark
+            if progress.score:
+                ratio, value = progress.score.mean_log_ratio, progress.score.mean_return
+                remark = f"meta-validation return {value:.3f}, log ratio to calibrated {ratio:+.4f}"
+                history.append({"timesteps": progress.timesteps, "return": value, "log_ratio_to_calibrated": ratio})
+            update(progress.timesteps, remark)
+
+        try:
+            policy = meta_train(
+                preset,
+                config.out,
+                seed=config.seed,
+                device=config.device,
+                resume=config.resume,
+                provenance={"preset": config.preset, "command": command(config)},
+                report=report,
+            )
+        except KeyboardInterrupt:
+            kept = (config.out / CHECKPOINT_FILE).exists()
+            print(f"interrupted; {'go on with --resume' if kept else 'no checkpoint yet'}", file=sys.stderr)
+            raise SystemExit(130) from None
+    _print_result(config, policy, history, time.monotonic() - started)
+    if config.json:
+        write_json(config.json, {"history": history, "scores": policy.header.scores})
+
+
+def command(config: Config) -> str:
+    """The command line that gives this run."""
+    return shlex.join(
+        f"python scripts/train_agent.py --preset {config.preset} --seed {config.seed} --device {config.device}".split()
+        + ["--out", config.out.name]
+    )
+
+
+def _check_same_run(config: Config) -> None:
+    path = config.out / CONFIG_FILE
+    if not (config.out / CHECKPOINT_FILE).is_file() or not path.is_file():
+        raise ValueError(f"nothing to resume: no checkpoint in {config.out}")
+    expected = json.loads(json.dumps(effective_config(PRESETS[config.preset], config.seed, config.device)))
+    if json.loads(path.read_text()) != expected:
+        raise ValueError(
+            f"{config.out} holds a run with other settings ({path}); give the same preset, seed and device"
+        )
+
+
+def _print_result(config: Config, policy: ControlPolicy, history: list[dict[str, float]], seconds: float) -> None:
+    scores = policy.header.scores
+    console.print(
+        f"policy: {config.out / POLICY_FILE} (best of {len(history)} meta-validations here, after "
+        f"{scores['timesteps']:,} decisions; {seconds:.0f} s in all)"
+    )
+    console.print(
+        f"meta-validation return: {history[0]['return']:.3f} at the beginning, {history[-1]['return']:.3f} at the end, "
+        f"{scores['mean_return']:.3f} for the policy kept (calibrated schedule: {scores['mean_return_calibrated']:.3f})"
+    )
+    console.print(tensorboard_hint(config.out), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_main(Config, main)

@@ -1,0 +1,336 @@
+"""`HPOEnv`: the Gymnasium contract, determinism, divergence, and a test split that is out of reach."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+from collections.abc import Iterator
+from types import FunctionType, ModuleType
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+import hpo_env
+from hpo_env.actions import BaseSchedule
+from hpo_env.env import Episode, HPOEnv, Variation, draw_episode, resolve_tasks
+from hpo_env.hyperparameters import CONTROLS
+from hpo_env.vector_env import HPOVectorEnv
+from inner_models.datasets import load_dataset
+from inner_models.tasks import DEFAULT_SPECS, Task, TaskDistribution
+
+NAMES = [
+    "digits/mlp",
+    "digits/linear",
+    "digits/cnn",
+    "waveforms/gru",
+    "markov-text-0/transformer",
+    "diabetes/mlp",
+    "digits/autoencoder",
+]
+DISTRIBUTION = TaskDistribution(
+    entries=(("digits", ("linear", "mlp")), ("diabetes", ("mlp",))),
+    horizons=(2, 4),
+    interval_examples=(64, 96),
+    train_rows=(64, 128),
+)
+VARIATION = Variation(mask_probability=0.4, start_probability=0.5, blind_probability=0.5)
+EXPLOSIVE = BaseSchedule(lr=1e9, batch_size=16, weight_decay=1e-3, dropout=0.1, warmup=0.0)
+STAY = np.zeros(len(CONTROLS), np.float32)
+
+
+def make_task(name: str = "digits/mlp", **overrides: Any) -> Task:
+    return Task.named(name, **{"horizon": 3, "interval_examples": 64, "eval_rows": 64, **overrides})
+
+
+def rollout(env: HPOEnv, seed: int | None, episodes: int = 1, action_seed: int = 0) -> list[Any]:
+    """Everything that an environment returns over whole episodes of random actions."""
+    rng = np.random.default_rng(action_seed)
+    returned: list[Any] = []
+    for episode in range(episodes):
+        returned.append(env.reset(seed=seed if episode == 0 else None))
+        over = False
+        while not over:
+            step = env.step(rng.uniform(-1, 1, len(CONTROLS)).astype(np.float32))
+            returned.append(step)
+            over = step[2] or step[3]
+    return returned
+
+
+# -- the contract ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checker", [check_env, sb3_check_env])
+@pytest.mark.parametrize("name", NAMES)
+def test_checkers_find_nothing(name: str, checker: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = gymnasium.make("hyperpilot/HPO-v0", task=make_task(name))
+        checker(env.unwrapped)
+
+
+def test_registration() -> None:
+    env = gymnasium.make("hyperpilot/HPO-v0", task="digits/linear").unwrapped
+    vector = gymnasium.make_vec("hyperpilot/HPO-v0", num_envs=2, task="digits/linear")
+    assert isinstance(env, HPOEnv)
+    assert isinstance(vector, HPOVectorEnv)
+    assert vector.single_observation_space == env.observation_space
+    assert vector.single_action_space == env.action_space
+    assert vector.num_envs == 2
+    assert set(hpo_env.__all__) == {"HPOEnv", "HPOVectorEnv", "Variation"}
+
+
+@pytest.mark.parametrize("arguments", [{"task": make_task()}, {"tasks": DISTRIBUTION, "variation": VARIATION}])
+def test_equal_seeds_give_equal_episodes(arguments: dict[str, Any]) -> None:
+    first, second = (rollout(HPOEnv(**arguments), seed=5, episodes=3) for _ in range(2))
+    np.testing.assert_equal(first, second)  # nested, exact, and NaN equals NaN
+    # The environment may be in the middle of something else.
+    used = HPOEnv(**arguments)
+    rollout(used, seed=1)
+    used.reset(seed=3)
+    used.step(STAY)
+    np.testing.assert_equal(first, rollout(used, seed=5, episodes=3))
+    other = rollout(HPOEnv(**arguments), seed=6, episodes=3)
+    assert other[0][1]["val_loss"] != first[0][1]["val_loss"]
+
+
+def test_episodes_without_a_seed_differ() -> None:
+    env = HPOEnv(make_task())
+    env.reset(seed=0)
+    losses = {env.reset()[1]["val_loss"] for _ in range(3)}
+    assert len(losses) == 3
+
+
+def test_round_trip_by_spec() -> None:
+    env = gymnasium.make("hyperpilot/HPO-v0", task=make_task("digits/linear"), variation=VARIATION)
+    assert env.spec is not None
+    again = gymnasium.make(pickle.loads(pickle.dumps(env.spec)))
+    assert isinstance(env.unwrapped, HPOEnv)
+    assert isinstance(again.unwrapped, HPOEnv)
+    np.testing.assert_equal(rollout(env.unwrapped, seed=2), rollout(again.unwrapped, seed=2))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_copies_made_before_reset(duplicate: Any) -> None:
+    env = HPOEnv(tasks=DISTRIBUTION, variation=VARIATION)
+    np.testing.assert_equal(rollout(duplicate(env), seed=2), rollout(env, seed=2))
+
+
+def test_step_needs_an_episode() -> None:
+    env = HPOEnv(make_task())
+    with pytest.raises(gymnasium.error.ResetNeeded, match=r"call reset\(\) before step\(\)"):
+        env.step(STAY)
+    rollout(env, seed=0)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(STAY)
+    env.reset()
+    env.step(STAY)
+
+
+def test_episode() -> None:
+    """Length, information and rewards of an episode, and that rewards are the fall of the log loss."""
+    env = HPOEnv(make_task(horizon=5))
+    (_, info), *steps = rollout(env, seed=0)
+    assert len(steps) == 5
+    assert [step[2] for step in steps] == [False] * 4 + [True]
+    assert not any(step[3] for step in steps)
+    assert np.isnan(info["train_loss"])
+    losses = [info["val_loss"], *(step[4]["val_loss"] for step in steps)]
+    floor = 1e-3 * losses[0]
+    for step, before, after in zip(steps, losses, losses[1:], strict=False):
+        assert step[1] == pytest.approx(np.log((before + floor) / (after + floor)))
+        assert not step[4]["diverged"]
+        assert set(step[4]) == {"train_loss", "val_loss", "diverged", *CONTROLS}
+
+
+def test_hyperparameters_reach_the_training() -> None:
+    """The values in the information are the ones that the optimizer, the batches and the dropout layers have."""
+    env = HPOEnv(make_task())
+    env.reset(seed=0)
+    assert env._training is not None
+    for action in (-1.0, 1.0, 0.3):
+        info = env.step(np.full(4, action, np.float32))[4]
+        decayed, others = env._training.optimizer.param_groups
+        assert decayed["lr"] == others["lr"] == info["lr"]
+        assert (decayed["weight_decay"], others["weight_decay"]) == (info["weight_decay"], 0)
+        assert env._training.batch_sampler.batch_size == info["batch_size"]
+        rates = {m.p for m in env._training.model.modules() if isinstance(m, torch.nn.Dropout)}
+        assert rates == {info["dropout"]}
+
+
+def test_task_of_one_episode() -> None:
+    env = HPOEnv(make_task())
+    other = make_task("diabetes/mlp", horizon=2)
+    env.reset(seed=0, options={"task": other})
+    assert env.task == other
+    assert [env.step(STAY)[2] for _ in range(2)] == [False, True]
+    env.reset()
+    assert env.task == make_task()
+
+
+def test_distribution_gives_several_tasks() -> None:
+    env = HPOEnv(tasks=DISTRIBUTION)
+    env.reset(seed=0)
+    seen = {env.task}
+    for _ in range(5):
+        env.reset()
+        seen.add(env.task)
+    assert len(seen) == 6
+
+
+# -- divergence --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["digits/mlp", "diabetes/mlp", "digits/autoencoder", "waveforms/gru"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_divergence_ends_the_episode(name: str, optimizer: str) -> None:
+    env = HPOEnv(make_task(name, optimizer=optimizer, horizon=10), base=EXPLOSIVE)
+    env.reset(seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        observation, reward, terminated, truncated, info = env.step(STAY)
+    assert info["lr"] > 1e8
+    assert (terminated, truncated, info["diverged"]) == (True, False, True)
+    assert env.observation_space.contains(observation)
+    assert np.isfinite(reward)
+    assert reward == pytest.approx(np.log(1.001 / 10.001))
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(STAY)
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_are_given_once() -> None:
+    assert resolve_tasks(None, None) == Task.named("digits/mlp")
+    assert resolve_tasks("digits/cnn", None) == Task.named("digits/cnn")
+    assert resolve_tasks(None, DISTRIBUTION) is DISTRIBUTION
+    with pytest.raises(ValueError, match="give either task or tasks, not both"):
+        HPOEnv("digits/mlp", DISTRIBUTION)
+
+
+@pytest.mark.parametrize("field", ["mask_probability", "start_probability", "blind_probability", "start_factor"])
+def test_variation_names_the_bad_value(field: str) -> None:
+    value = 0.5 if field == "start_factor" else 1.5
+    arguments: dict[str, Any] = {field: value}
+    with pytest.raises(ValueError, match=f"{field}={value}"):
+        Variation(**arguments)
+
+
+def test_draws_of_an_episode() -> None:
+    plain = draw_episode(np.random.default_rng(0), Variation())
+    assert plain == Episode(plain.seed, {}, 1.0, False)
+    episodes = [draw_episode(np.random.default_rng(seed), Variation(0.5, 0.5, 10.0, 0.5)) for seed in range(200)]
+    assert len({episode.seed for episode in episodes}) == 200
+    for name, control in CONTROLS.items():
+        fixed = [episode.fixed[name] for episode in episodes if name in episode.fixed]
+        assert len(fixed) == 0 if name == "lr" else 60 < len(fixed) < 140
+        assert all(control.low <= value <= control.high for value in fixed)
+    scales = np.array([episode.lr_scale for episode in episodes])
+    assert 60 < (scales != 1).sum() < 140
+    assert 0.1 <= scales.min() < 0.2
+    assert 5 < scales.max() <= 10
+    assert 60 < sum(episode.blind for episode in episodes) < 140
+
+
+def test_variation_shows_in_an_episode() -> None:
+    variation = Variation(mask_probability=1, start_probability=1, blind_probability=1)
+    env = HPOEnv(make_task(), variation=variation, base=BaseSchedule(0.01, 32, 0.1, 0.1))
+    _, info = env.reset(seed=0)
+    features = dict(zip([feature.name for feature in hpo_env.observations.FEATURES], env.reset(seed=0)[0], strict=True))
+    assert [features[f"{name}_available"] for name in CONTROLS] == [1, 0, 0, 0]
+    assert features["val_missing"] == 1
+    after = env.step(np.ones(4, np.float32))[4]
+    assert after["lr"] == pytest.approx(10 * info["lr"])
+    assert {name: after[name] for name in ("batch_size", "weight_decay", "dropout")} == {
+        name: info[name] for name in ("batch_size", "weight_decay", "dropout")
+    }
+
+
+# -- the test split ----------------------------------------------------------------------------------------------------
+
+
+def reachable(root: object) -> Iterator[object]:
+    """All that an object holds, directly or not: attributes, closures, defaults, bound objects, storages' owners.
+
+    Classes, modules and the globals of functions are the program, not the object: through them everything that is in
+    memory could be reached.
+    """
+    seen: set[int] = set()
+    pending = [root]
+    while pending:
+        item = pending.pop()
+        if id(item) in seen or isinstance(item, type | ModuleType):
+            continue
+        seen.add(id(item))
+        yield item
+        if isinstance(item, FunctionType):
+            pending += [item.__closure__, item.__defaults__, item.__kwdefaults__, item.__dict__]
+        else:
+            pending += gc.get_referents(item)
+        if isinstance(item, torch.Tensor):
+            pending.append(item._base)
+        elif isinstance(item, np.ndarray):
+            pending.append(item.base)
+
+
+def holds(root: object, rows: torch.Tensor) -> bool:
+    """Whether any tensor or array within reach shares memory with `rows`, or has one of them among its own."""
+    wanted = {row.numpy().tobytes() for row in rows}
+    storage = rows.untyped_storage().data_ptr()
+    keep = []  # so that no identity is used twice
+    for item in reachable(root):
+        keep.append(item)
+        tensor = torch.from_numpy(item) if isinstance(item, np.ndarray) and item.dtype.kind in "fi" else item
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.untyped_storage().data_ptr() == storage:
+            return True
+        if tensor.shape[1:] == rows.shape[1:] and tensor.dtype == rows.dtype:
+            found = {row.numpy().tobytes() for row in tensor.detach()}
+            if found & wanted:
+                return True
+    return False
+
+
+@pytest.mark.parametrize("name", ["digits/mlp", "diabetes/mlp", "digits/autoencoder"])
+@pytest.mark.parametrize("kind", [HPOEnv, HPOVectorEnv])
+def test_the_test_split_is_out_of_reach(name: str, kind: type[HPOEnv] | type[HPOVectorEnv]) -> None:
+    task = make_task(name, train_rows=None, eval_rows=None)
+    dataset = load_dataset(task.dataset)
+    assert dataset.test is not None
+    env: Any = kind(task=task)
+    env.reset(seed=0)
+    for _ in range(2):
+        env.step(env.action_space.sample())
+    # The walk does find what is there.
+    assert holds(env, dataset.train.inputs)
+    assert holds(env, dataset.val.inputs)
+    assert not holds(env, dataset.test.inputs)
+    training = env._training if kind is HPOEnv else env._cohorts[0]._training
+    with pytest.raises(LookupError, match="made without the test split"):
+        training.evaluate("test")
+
+
+def test_the_walk_would_find_a_test_split() -> None:
+    dataset = load_dataset("digits")
+    assert dataset.test is not None
+    env = HPOEnv(make_task())
+    env.reset(seed=0)
+    inputs = dataset.test.inputs
+    hidden: list[Any] = [inputs, inputs[3:5].clone(), inputs.numpy()[7:], lambda: inputs, dataset]
+    for item in hidden:
+        env.hidden = item  # type: ignore[attr-defined]
+        assert holds(env, inputs)
+    del env.hidden  # type: ignore[attr-defined]
+    assert not holds(env, inputs)
+
+
+def test_every_model_kind_has_an_environment() -> None:
+    assert {name.split("/")[1] for name in NAMES} == set(DEFAULT_SPECS)

@@ -1,0 +1,155 @@
+"""Hyperparameters: scales, bounds, and reading and writing them on a torch run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hpo_env.hyperparameters import CONTROLS, Binding, Hyperparameter, finite_positive
+
+LINEAR = Hyperparameter("momentum", -1.0, 3.0, "linear")
+HYPERPARAMETERS = [*CONTROLS.values(), LINEAR]
+
+
+def ids(hyperparameter: Hyperparameter) -> str:
+    return hyperparameter.name
+
+
+@pytest.mark.parametrize("hyperparameter", HYPERPARAMETERS, ids=ids)
+def test_round_trips(hyperparameter: Hyperparameter) -> None:
+    units = np.linspace(0, 1, 21)
+    values = hyperparameter.denormalize(units)
+    assert (np.diff(values) >= 0).all()
+    assert hyperparameter.from_scale(hyperparameter.to_scale(values)) == pytest.approx(values, rel=1e-12)
+    assert hyperparameter.denormalize(hyperparameter.normalize(values)) == pytest.approx(values, rel=1e-12)
+    if not hyperparameter.multiple:
+        assert hyperparameter.normalize(values) == pytest.approx(units, abs=1e-12)
+
+
+@pytest.mark.parametrize("hyperparameter", HYPERPARAMETERS, ids=ids)
+def test_values_stay_in_their_range(hyperparameter: Hyperparameter) -> None:
+    low, high = hyperparameter.low, hyperparameter.high
+    ends = hyperparameter.denormalize(np.array([0.0, 1.0, -5.0, 6.0]))
+    far = hyperparameter.from_scale(np.array([-1e9, 1e9, -np.inf, np.inf]))
+    for values in (ends, far):
+        assert values == pytest.approx([low, high, low, high], rel=1e-12)
+        assert ((values >= low) & (values <= high)).all()
+    with np.errstate(all="raise"):
+        normalized = hyperparameter.normalize(np.array([low - 1e9, 0.0, high + 1e9, np.inf]))
+    assert ((normalized >= 0) & (normalized <= 1)).all()
+    assert normalized[[0, 2, 3]].tolist() == [0, 1, 1]
+
+
+def test_scales_by_hand() -> None:
+    assert CONTROLS["lr"].to_scale(np.array([1e-3])) == pytest.approx([math.log(1e-3)])
+    assert CONTROLS["dropout"].to_scale(np.array([0.2])) == pytest.approx([math.log(0.25)])
+    assert CONTROLS["lr"].normalize(np.array([1e-3])) == pytest.approx([0.5])
+    assert LINEAR.denormalize(np.array([0.25])) == pytest.approx([0.0])
+
+
+def test_batch_sizes_are_multiples() -> None:
+    control = CONTROLS["batch_size"]
+    sizes = control.from_scale(np.log(np.array([16.0, 23.9, 24.1, 100.0, 250.0])))
+    assert sizes.tolist() == [16, 16, 32, 96, 256]
+    assert set(control.denormalize(np.linspace(0, 1, 500)) % 16) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "scale"),
+    [(1.0, 1.0, "linear"), (2.0, 1.0, "linear"), (0.0, 1.0, "log"), (0.0, 0.5, "logit"), (0.5, 1.0, "logit")],
+)
+def test_ranges_that_do_not_fit(low: float, high: float, scale: Any) -> None:
+    with pytest.raises(ValueError, match=f"thing: .*{low}.*{high}"):
+        Hyperparameter("thing", low, high, scale)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_finite_positive(value: float) -> None:
+    assert finite_positive("lr", 0.1) == 0.1
+    with pytest.raises(ValueError, match="lr must be a positive number, not"):
+        finite_positive("lr", value)
+
+
+# -- on a torch run ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sampler:
+    batch_size: int = 32
+
+
+def weights(count: int) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.zeros(1)) for _ in range(count)]
+
+
+def test_groups_keep_their_ratios() -> None:
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr": lr, "weight_decay": decay}
+        for parameters, lr, decay in zip(
+            [weights(1), weights(1), weights(1)], (1e-2, 1e-3, 1e-2), (0.1, 0.4, 0.0), strict=True
+        )
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    binding = Binding(optimizer)
+    assert binding.read() == {"lr": 1e-2, "weight_decay": 0.4}
+    # The ratios are those at the start, also after values that would have lost them.
+    for lr, decay in ((1e-6, 1e-6), (0.5, 0.8)):
+        binding.write({"lr": lr, "weight_decay": decay})
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([lr, lr / 10, lr])
+        assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([decay / 4, decay, 0])
+        assert binding.read() == pytest.approx({"lr": lr, "weight_decay": decay})
+
+
+def test_a_run_without_any_decay_gets_it_everywhere() -> None:
+    optimizer = torch.optim.SGD([{"params": weights(1)}, {"params": weights(1)}], lr=0.1)
+    Binding(optimizer).write({"weight_decay": 0.2})
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.2]
+
+
+def test_dropouts_keep_their_ratios() -> None:
+    model = nn.Sequential(nn.Dropout(0.4), nn.Linear(1, 1), nn.Sequential(nn.Dropout2d(0.1)), nn.Dropout(0.0))
+    binding = Binding(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    binding.write({"dropout": 0.2})
+    rates = [module.p for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    assert rates == pytest.approx([0.2, 0.05, 0])
+    assert binding.read()["dropout"] == 0.2
+
+
+def test_batch_size_is_an_int() -> None:
+    sampler = Sampler()
+    binding = Binding(torch.optim.SGD(weights(1), lr=0.1), batch_sampler=sampler)
+    assert binding.read()["batch_size"] == 32
+    binding.write({"batch_size": 48.0})
+    assert sampler.batch_size == 48
+    assert isinstance(sampler.batch_size, int)
+
+
+def test_learning_rate_in_a_tensor() -> None:
+    lr = torch.tensor(0.1)
+    optimizer = torch.optim.AdamW(weights(1), lr=lr)
+    Binding(optimizer).write({"lr": 0.01})
+    assert optimizer.param_groups[0]["lr"] is lr  # a captured graph reads this very tensor
+    assert lr.item() == pytest.approx(0.01)
+
+
+def test_available_controls() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert Binding(optimizer).available == ("lr", "weight_decay")
+    assert Binding(optimizer, nn.Linear(1, 1)).available == ("lr", "weight_decay")
+    assert Binding(optimizer, model, Sampler()).available == tuple(CONTROLS)
+    assert Binding(torch.optim.Rprop(model.parameters())).available == ("lr",)
+
+
+def test_unknown_controls_are_an_error() -> None:
+    optimizer = torch.optim.AdamW(weights(1), lr=0.1)
+    binding = Binding(optimizer)
+    with pytest.raises(ValueError, match="this run has no dropout, momentum; it has lr, weight_decay"):
+        binding.write({"lr": 0.2, "dropout": 0.1, "momentum": 0.9})
+    assert optimizer.param_groups[0]["lr"] == 0.1  # nothing is written when anything is wrong

@@ -1,0 +1,289 @@
+"""`HPOVectorEnv`: the same episodes as `HPOEnv`, step by step, and cohorts that move on together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from numpy.typing import NDArray
+
+from hpo_env.actions import BaseSchedule
+from hpo_env.env import INFO_KEYS, HPOEnv, Variation
+from hpo_env.hyperparameters import CONTROLS
+from hpo_env.observations import FEATURES
+from hpo_env.vector_env import HPOVectorEnv
+from inner_models.tasks import Task, TaskDistribution
+
+VARIATION = Variation(mask_probability=0.3, start_probability=0.3, blind_probability=0.3)
+DISTRIBUTION = TaskDistribution(
+    entries=(("digits", ("linear", "mlp")), ("diabetes", ("mlp",))),
+    horizons=(3, 6),
+    interval_examples=(64, 96),
+    train_rows=(64, 128),
+)
+PROGRESS = [feature.name for feature in FEATURES].index("progress")
+# Loses a run at once, unless the first action moves the learning rate: moved values lie in the control's own range.
+EXPLOSIVE = BaseSchedule(lr=1e9, batch_size=16, weight_decay=1e-3, dropout=0.1, warmup=0.0)
+
+
+def make_task(name: str = "digits/mlp", **overrides: Any) -> Task:
+    return Task.named(name, **{"horizon": 4, "interval_examples": 64, "eval_rows": 64, **overrides})
+
+
+def assert_same(first: Any, second: Any, tolerance: float = 1e-5) -> None:
+    """Nested results are equal; by default up to rounding, for the float32 observations of float64 runs."""
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            assert_same(value, second[key], tolerance)
+    elif isinstance(first, tuple | list) or (isinstance(first, np.ndarray) and first.dtype == object):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other, tolerance)
+    elif first is None or np.asarray(first).dtype == bool:
+        np.testing.assert_equal(first, second)
+    else:
+        np.testing.assert_allclose(first, second, rtol=tolerance, atol=tolerance)
+
+
+def random_actions(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
+    return rng.uniform(-1, 1, (count, len(CONTROLS))).astype(np.float32)
+
+
+def stay(count: int) -> NDArray[np.float32]:
+    return np.zeros((count, len(CONTROLS)), np.float32)
+
+
+def calmed(actions: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same actions, with the learning rate moved down as far as it goes."""
+    calm = actions.copy()
+    calm[:, 0] = -1
+    return calm
+
+
+def reckless_actions(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
+    """Random actions, a third of which would start a run at the base learning rate itself."""
+    actions = calmed(random_actions(rng, count))
+    actions[rng.random(count) < 0.3, 0] = 0
+    return actions
+
+
+def assert_twins(
+    count: int,
+    steps: int,
+    cohorts: int = 1,
+    options: dict[str, Any] | None = None,
+    draw: Callable[[np.random.Generator, int], NDArray[np.float32]] = random_actions,
+    **kwargs: Any,
+) -> int:
+    """Hold the vector environment to Gymnasium's own over `HPOEnv`s. Returns the number of episodes that ended."""
+    kwargs |= {"dtype": torch.float64}
+    vector = HPOVectorEnv(num_envs=count, cohorts=cohorts, **kwargs)
+    sync = SyncVectorEnv([lambda: HPOEnv(**kwargs)] * count, autoreset_mode=AutoresetMode.SAME_STEP)
+    assert_same(vector.reset(seed=3, options=options), sync.reset(seed=3, options=options))
+    rng, ended = np.random.default_rng(0), 0
+    for _ in range(steps):
+        actions = draw(rng, count)
+        result = vector.step(actions)
+        assert_same(result, sync.step(actions))
+        ended += int((result[2] | result[3]).sum())
+    return ended
+
+
+# -- twins -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits/mlp",
+        "digits/linear",
+        "digits/cnn",
+        "waveforms/gru",
+        "markov-text-0/transformer",
+        "diabetes/mlp",
+        "digits/autoencoder",
+    ],
+)
+def test_same_episodes_as_single_environments(name: str) -> None:
+    assert assert_twins(3, steps=9, task=make_task(name), variation=VARIATION) == 6
+
+
+def test_same_episodes_under_sgd_in_cohorts() -> None:
+    assert assert_twins(4, steps=6, cohorts=2, task=make_task(optimizer="sgd"), variation=VARIATION) == 4
+
+
+def test_same_episodes_when_some_diverge() -> None:
+    """Replicas end at different times; each goes on with its own next episode."""
+    ended = assert_twins(4, steps=10, draw=reckless_actions, task=make_task(), base=EXPLOSIVE)
+    assert 8 < ended < 40  # more than the horizon alone ends, but not all at once
+
+
+def test_a_task_of_one_episode() -> None:
+    """The task in `options` holds for one episode; the environment's own follows."""
+    task, other = make_task(horizon=3), make_task("digits/linear", horizon=2)
+    assert assert_twins(3, steps=6, task=task, options={"task": other}) == 6
+
+
+@pytest.mark.parametrize("cohorts", [1, 3])
+def test_one_replica_cohorts_equal_single_environments(cohorts: int) -> None:
+    """Also where tasks are sampled: a cohort of one draws what `HPOEnv` draws."""
+    ended = assert_twins(cohorts, steps=12, cohorts=cohorts, tasks=DISTRIBUTION, variation=VARIATION)
+    assert ended >= 2 * cohorts
+
+
+# -- cohorts -----------------------------------------------------------------------------------------------------------
+
+
+def test_cohorts_share_a_task_and_move_on_together() -> None:
+    env = HPOVectorEnv(num_envs=6, tasks=DISTRIBUTION, cohorts=3)
+    env.reset(seed=0)
+    assert env.cohort_of.tolist() == [0, 0, 1, 1, 2, 2]
+    ages, seen = np.zeros(3, int), [{task} for task in env.tasks]
+    for _ in range(16):
+        before = env.tasks
+        _, _, terminated, truncated, _ = env.step(stay(6))
+        ages += 1
+        over = np.array([age == task.horizon for age, task in zip(ages, before, strict=True)])
+        assert (terminated | truncated).tolist() == np.repeat(over, 2).tolist()
+        assert not truncated.any()
+        ages[over] = 0
+        for index, (old, new) in enumerate(zip(before, env.tasks, strict=True)):
+            assert (new is not old) == over[index]
+            seen[index].add(new)
+        assert env.intervals.tolist() == np.repeat(ages, 2).tolist()
+    assert all(len(tasks) > 2 for tasks in seen)
+    assert not seen[0] & seen[1]
+
+
+def test_replicas_that_diverge_start_again_on_the_same_task() -> None:
+    env = HPOVectorEnv(num_envs=3, tasks=DISTRIBUTION, base=EXPLOSIVE)
+    env.reset(seed=0)
+    (task,) = env.tasks
+    for age in range(1, task.horizon + 1):
+        _, rewards, terminated, truncated, infos = env.step(stay(3))
+        assert np.isfinite(rewards).all()
+        assert terminated.all()
+        assert infos["final_info"]["diverged"].all()
+        assert not truncated.any()
+        assert env.intervals.tolist() == [0, 0, 0]
+        assert (env.tasks[0] is task) == (age < task.horizon)
+
+
+def test_replicas_that_lag_are_truncated_when_the_cohort_moves_on() -> None:
+    env = HPOVectorEnv(num_envs=3, tasks=DISTRIBUTION, base=EXPLOSIVE)
+    env.reset(seed=0)
+    (task,) = env.tasks
+    assert task.horizon >= 3
+    calm = calmed(stay(3))
+    first = calm.copy()
+    first[1, 0] = 0  # the middle replica is lost in the first interval
+    observations, _, terminated, truncated, infos = env.step(first)
+    assert terminated.tolist() == [False, True, False]
+    assert env.intervals.tolist() == [1, 0, 1]
+    for _ in range(task.horizon - 1):
+        assert not truncated.any()
+        assert env.tasks[0] is task
+        observations, _, terminated, truncated, infos = env.step(calm)
+    assert (terminated.tolist(), truncated.tolist()) == ([True, False, True], [False, True, False])
+    assert not infos["final_info"]["diverged"].any()
+    assert env.tasks[0] is not task
+    assert env.intervals.tolist() == [0, 0, 0]
+    # The end of the old episode is kept; what is returned belongs to the new one.
+    ends = np.stack(list(infos["final_obs"]))[:, PROGRESS]
+    assert ends == pytest.approx([1, (task.horizon - 1) / task.horizon, 1])
+    assert observations[:, PROGRESS].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_diverging_replica_leaves_the_others_alone(optimizer: str) -> None:
+    task = make_task(optimizer=optimizer, horizon=6)
+    rng = np.random.default_rng(0)
+    envs = [HPOVectorEnv(num_envs=3, task=task, base=EXPLOSIVE, dtype=torch.float64) for _ in range(2)]
+    for env in envs:
+        env.reset(seed=0)
+    for step in range(7):
+        actions = calmed(random_actions(rng, 3))
+        thrown = actions.copy()
+        if step == 0:
+            thrown[1, 0] = 0
+        sound: Any = envs[0].step(actions)
+        broken: Any = envs[1].step(thrown)
+        assert broken[2][1] == (step in (0, 6))
+        for one, other in zip(sound[:4], broken[:4], strict=True):
+            np.testing.assert_allclose(one[[0, 2]], other[[0, 2]], rtol=1e-6)
+        for key in INFO_KEYS:
+            np.testing.assert_allclose(sound[4][key][[0, 2]], broken[4][key][[0, 2]], rtol=1e-9)
+        assert all(np.isfinite(part).all() for part in broken[:2])
+        assert env.observation_space.contains(broken[0])
+
+
+# -- the contract ------------------------------------------------------------------------------------------------------
+
+
+def test_equal_seeds_give_equal_episodes() -> None:
+    def rollout(env: HPOVectorEnv, seed: int) -> list[Any]:
+        rng = np.random.default_rng(0)
+        return [env.reset(seed=seed), *(env.step(random_actions(rng, 4)) for _ in range(8))]
+
+    first, used = (HPOVectorEnv(4, tasks=DISTRIBUTION, cohorts=2, variation=VARIATION) for _ in range(2))
+    expected = rollout(first, seed=7)
+    rollout(used, seed=1)
+    assert_same(rollout(used, seed=7), expected, tolerance=0)
+    assert rollout(used, seed=8)[0][1]["val_loss"][0] != expected[0][1]["val_loss"][0]
+
+
+def test_seeds_may_be_given_one_by_one() -> None:
+    env = HPOVectorEnv(3, task=make_task())
+    together, one_by_one = env.reset(seed=5), env.reset(seed=[5, 6, 7])
+    assert_same(together, one_by_one, tolerance=0)
+    mixed = env.reset(seed=[5, None, 7])
+    np.testing.assert_equal(mixed[0][[0, 2]], together[0][[0, 2]])
+    losses = together[1]["val_loss"]
+    assert mixed[1]["val_loss"][[0, 2]].tolist() == losses[[0, 2]].tolist()
+    assert mixed[1]["val_loss"][1] != losses[1]
+
+
+def test_spaces_hold_what_is_returned() -> None:
+    env = HPOVectorEnv(4, tasks=DISTRIBUTION, cohorts=2, variation=VARIATION)
+    observations, infos = env.reset(seed=0)
+    assert env.observation_space.contains(observations)
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        observations, rewards, terminated, truncated, infos = env.step(random_actions(rng, 4))
+        assert env.observation_space.contains(observations)
+        assert rewards.shape == terminated.shape == truncated.shape == (4,)
+        assert [part.dtype.kind for part in (rewards, terminated, truncated)] == ["f", "b", "b"]
+        assert {key for key in infos if not key.startswith(("_", "final"))} == set(INFO_KEYS)
+        over = terminated | truncated
+        if over.any():
+            assert infos["_final_obs"].tolist() == infos["_final_info"].tolist() == over.tolist()
+            assert [item is not None for item in infos["final_obs"]] == over.tolist()
+
+
+def test_returned_arrays_do_not_change_later() -> None:
+    env = HPOVectorEnv(2, task=make_task(horizon=2), dtype=torch.float64)
+    rng = np.random.default_rng(0)
+    returned: list[Any] = [env.reset(seed=0)]
+    then = [copy.deepcopy(returned[0])]
+    for _ in range(5):
+        returned.append(env.step(random_actions(rng, 2)))
+        then.append(copy.deepcopy(returned[-1]))
+    assert_same(returned, then, tolerance=0)
+
+
+def test_step_needs_a_reset() -> None:
+    with pytest.raises(gymnasium.error.ResetNeeded, match=r"call reset\(\) before step\(\)"):
+        HPOVectorEnv(2, task=make_task()).step(stay(2))
+
+
+@pytest.mark.parametrize(("num_envs", "cohorts"), [(0, 1), (4, 3), (2, 0), (2, 4), (-2, 1)])
+def test_cohorts_divide_the_environments(num_envs: int, cohorts: int) -> None:
+    with pytest.raises(ValueError, match=f"positive multiple of cohorts, not {num_envs} for {cohorts} cohorts"):
+        HPOVectorEnv(num_envs, cohorts=cohorts)

@@ -1,0 +1,192 @@
+"""The engine is held to the reference training: same seeds, same hyperparameters, same signals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from inner_models import replicated_layers
+from inner_models.batched_training import BatchedTraining
+from inner_models.models import ModelSpec, Normalization, build_model
+from inner_models.replicated_layers import parameter_count, replicate
+from inner_models.signals import SIGNALS
+from inner_models.tasks import OptimizerName, Task, prepare
+from inner_models.training import Training
+
+TASKS = [
+    ("digits", "linear"),
+    ("digits", "mlp"),
+    ("digits", "cnn"),
+    ("waveforms", "gru"),
+    ("waveforms", "transformer"),
+    ("markov-text-0", "gru"),
+    ("markov-text-0", "transformer"),
+    ("digits", "autoencoder"),
+    ("diabetes", "mlp"),
+]
+SEEDS = (5, 6, 7)
+VALUES: dict[str, NDArray[np.float64]] = {
+    "lr": np.array([1e-2, 1e-3, 3e-2]),
+    "batch_size": np.array([16.0, 48.0, 64.0]),
+    "weight_decay": np.array([1e-3, 0.1, 1.0]),
+    "dropout": np.array([0.1, 0.3, 0.005]),
+}
+
+
+def make_task(
+    dataset: str, kind: str, optimizer: OptimizerName = "adamw", normalization: Normalization = "none"
+) -> Task:
+    # Ten micro-batches an interval: whole and cut batches for sizes 48 and 64, and more examples than the 120 rows.
+    spec = ModelSpec(kind, width=16, depth=2, activation="gelu", normalization=normalization)  # type: ignore[arg-type]
+    return Task(dataset, spec, optimizer, interval_examples=160, train_rows=120, eval_rows=50)
+
+
+def advance(run: Training, replica: int, values: dict[str, NDArray[np.float64]] = VALUES) -> dict[str, float]:
+    """One interval of a reference run under the hyperparameters of `replica`."""
+    decayed, *others = run.optimizer.param_groups
+    assert all(group["weight_decay"] == 0 for group in others)
+    decayed["weight_decay"] = values["weight_decay"][replica]
+    for group in run.optimizer.param_groups:
+        group["lr"] = values["lr"][replica]
+    for module in run.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = values["dropout"][replica]
+    run.batch_sampler.batch_size = int(values["batch_size"][replica])
+    return run.advance()
+
+
+def assert_same(
+    engine: dict[str, NDArray[np.float64]], replica: int, reference: dict[str, float], rtol: float = 1e-7
+) -> None:
+    assert {name: engine[name][replica] for name in SIGNALS} == pytest.approx(reference, rel=rtol, abs=1e-12)
+
+
+def assert_twins(task: Task, device: str = "cpu") -> None:
+    engine = BatchedTraining(task, SEEDS, device=device, dtype=torch.float64)
+    runs = [Training(task, seed, device=device, dtype=torch.float64) for seed in SEEDS]
+    for _ in range(3):
+        signals = engine.advance(VALUES)
+        for replica, run in enumerate(runs):
+            assert_same(signals, replica, advance(run, replica))
+
+
+@pytest.mark.parametrize("normalization", ["none", "layer"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(("dataset", "kind"), TASKS)
+def test_engine_equals_reference(
+    dataset: str, kind: str, optimizer: OptimizerName, normalization: Normalization
+) -> None:
+    assert_twins(make_task(dataset, kind, optimizer, normalization))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(("dataset", "kind"), TASKS)
+def test_engine_equals_reference_on_cuda(dataset: str, kind: str) -> None:
+    assert_twins(make_task(dataset, kind, normalization="layer"), "cuda")
+
+
+def test_replicas_differ() -> None:
+    """What the twin tests compare is not one and the same curve."""
+    same = {name: np.full(3, values[0]) for name, values in VALUES.items()}
+    signals = BatchedTraining(make_task("digits", "mlp"), SEEDS).advance(same)
+    for name in SIGNALS:
+        assert len(set(signals[name])) == 3, name
+
+
+# The small buffers are refilled within an interval, and a restart falls into the middle of one.
+@pytest.mark.parametrize("refill_bytes", [1 << 24, 7 * 3 * 256])
+@pytest.mark.parametrize(("dataset", "kind"), [("digits", "mlp"), ("markov-text-0", "transformer")])
+def test_restarted_replica_is_a_fresh_run(
+    dataset: str, kind: str, refill_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicated_layers, "_REFILL_BYTES", refill_bytes)
+    task = make_task(dataset, kind)
+    engine = BatchedTraining(task, SEEDS, dtype=torch.float64)
+    runs = [Training(task, seed, dtype=torch.float64) for seed in SEEDS]
+    for interval in range(3):
+        if interval == 1:
+            engine.restart(1, 99)
+            runs[1] = Training(task, 99, dtype=torch.float64)
+            assert engine.evaluate("val")[1] == pytest.approx(runs[1].evaluate("val"), rel=1e-9)
+        signals = engine.advance(VALUES)
+        for replica, run in enumerate(runs):
+            assert_same(signals, replica, advance(run, replica))
+
+
+def test_restart_before_any_interval() -> None:
+    task = make_task("digits", "mlp")
+    engine = BatchedTraining(task, SEEDS, dtype=torch.float64)
+    engine.restart(2, 99)
+    assert_same(engine.advance(VALUES), 2, advance(Training(task, 99, dtype=torch.float64), 2))
+
+
+def test_hyperparameters_may_change_between_intervals() -> None:
+    task = make_task("digits", "mlp")
+    engine = BatchedTraining(task, SEEDS, dtype=torch.float64)
+    runs = [Training(task, seed, dtype=torch.float64) for seed in SEEDS]
+    for shift in range(3):
+        values = {name: np.roll(column, shift) for name, column in VALUES.items()}
+        signals = engine.advance(values)
+        for replica, run in enumerate(runs):
+            assert_same(signals, replica, advance(run, replica, values))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_a_lost_replica_leaves_the_others_alone(kind: str, optimizer: OptimizerName) -> None:
+    task = make_task("digits", kind, optimizer)
+    lr = VALUES["lr"].copy()
+    lr[1] = 1e4 if optimizer == "sgd" else 1e300
+    lost, sound = (BatchedTraining(task, SEEDS, dtype=torch.float64) for _ in range(2))
+    for _ in range(3):
+        broken, signals = lost.advance(VALUES | {"lr": lr}), sound.advance(VALUES)
+        for name in SIGNALS:
+            np.testing.assert_allclose(broken[name][[0, 2]], signals[name][[0, 2]], rtol=1e-12)
+    assert not np.isfinite(broken["train_loss"][1])
+    # A restart takes the lost replica back to health, whatever its buffers held.
+    lost.restart(1, 99)
+    assert_same(lost.advance(VALUES), 1, advance(Training(task, 99, dtype=torch.float64), 1))
+
+
+@pytest.mark.parametrize("size", [0.0, 8.0, 24.0, 33.0, np.nan])
+def test_batch_sizes_are_multiples_of_a_micro_batch(size: float) -> None:
+    engine = BatchedTraining(make_task("digits", "linear"), SEEDS)
+    with pytest.raises(ValueError, match="must be multiples of 16"):
+        engine.advance(VALUES | {"batch_size": np.array([16.0, size, 32.0])})
+
+
+def test_signals_and_sizes() -> None:
+    task = make_task("digits", "mlp")
+    engine = BatchedTraining(task, SEEDS)
+    signals = engine.advance(VALUES)
+    assert list(signals) == list(SIGNALS)
+    assert all(values.shape == (3,) and values.dtype == np.float64 for values in signals.values())
+    assert engine.parameters == parameter_count(build_model(task.model, prepare(task).dataset))
+    assert engine.has_dropout
+    assert not BatchedTraining(make_task("digits", "linear"), SEEDS).has_dropout
+
+
+@pytest.mark.parametrize("name", ["digits/cnn", "diabetes/mlp", "digits/autoencoder", "markov-text-0/gru"])
+def test_test_split_is_there_only_when_handed_in(name: str) -> None:
+    task = Task.named(name, interval_examples=64)
+    with pytest.raises(LookupError, match="made without the test split"):
+        BatchedTraining(task, SEEDS).evaluate("test")
+    with pytest.raises(LookupError, match="made without the test split"):
+        Training(task, 5).evaluate("test")
+    data = prepare(task, with_test=True)
+    engine = BatchedTraining(task, SEEDS, data=data, dtype=torch.float64)
+    references = [Training(task, seed, data=data, dtype=torch.float64) for seed in SEEDS]
+    for split in ("train", "val", "test"):
+        losses = [run.evaluate(split) for run in references]
+        assert engine.evaluate(split) == pytest.approx(losses, rel=1e-9)
+    assert engine.evaluate("test")[0] != engine.evaluate("val")[0]
+
+
+@pytest.mark.parametrize("layer", [nn.Softplus(), nn.BatchNorm1d(4), nn.Conv1d(4, 4, 3)])
+def test_unsupported_layer(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.ReLU(), layer)
+    with pytest.raises(NotImplementedError, match=f"{type(layer).__name__} has no replicated twin"):
+        replicate(model, {name: value[None] for name, value in model.named_parameters()}, [])

@@ -56,11 +56,9 @@ def final_losses(task: Task, schedules: Sequence[BaseSchedule], seed: int, devic
 
 
 def regrets(losses: Array) -> Array:
-    """Log of each loss over the task's best, capped: `[tasks, schedules]` to the same. Non-finite losses get the cap."""
-    losses = np.where(np.isfinite(losses), losses, np.inf)
-    return np.asarray(
-        np.minimum(np.log(losses + 1e-12) - np.log(losses.min(axis=1, keepdims=True) + 1e-12), REGRET_CAP)
-    )
+    """Log of each loss over the task's best, capped (also where not finite): `[tasks, schedules]` to the same."""
+    logs = np.log(np.where(np.isfinite(losses), losses, np.inf) + 1e-12)
+    return np.asarray(np.minimum(logs - logs.min(axis=1, keepdims=True), REGRET_CAP))
 
 
 def calibrate(

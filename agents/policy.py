@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from hpo_env.actions import RANGES, BaseSchedule
 from hpo_env.hyperparameters import CONTROLS
 from hpo_env.observations import FEATURES
 from inner_models.signals import SIGNALS
+from inner_models.tasks import OptimizerName
 
 FORMAT = "hyperpilot-policy"
 FORMAT_VERSION = 1
@@ -138,17 +139,21 @@ class ControlPolicy(nn.Module):
         except (SafetensorError, OSError, ValueError, OverflowError, RuntimeError) as error:
             raise PolicyError(f"{path} is not a whole safetensors file: {error}") from error
         header = _header(path, metadata, tensors)
-        policy = cls(header)
-        expected = {name: tensor.shape for name, tensor in policy.state_dict().items()}
-        found = {name: tensor.shape for name, tensor in tensors.items()}
-        if expected != found:
+        with torch.device("meta"):  # a small file must not make a large network
+            expected = _layout(cls(header).state_dict())
+        if (found := _layout(tensors)) != expected:
             raise PolicyError(f"{path} holds tensors that do not fit its header: {found} instead of {expected}")
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()) or not bool(
-            (policy.std > 0).all()
-        ):
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
             raise PolicyError(f"{path} holds weights that are not finite")
+        policy = cls(header)
         policy.load_state_dict(tensors)
+        if not bool((policy.std > 0).all()):
+            raise PolicyError(f"{path} holds an input normalization whose std is not positive")
         return policy.eval()
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -157,7 +162,7 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -168,12 +173,14 @@ def _header(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tenso
         payload = json.loads(metadata[_METADATA_KEY])
         version = payload.pop("format_version")
         checksum = payload.pop("sha256")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PolicyError(f"{path} is damaged: its header cannot be read ({error})") from error
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise PolicyError(
             f"{path} has format version {version}; this hyperpilot reads up to {FORMAT_VERSION}: upgrade hyperpilot"
         )
+    if version != FORMAT_VERSION:
+        raise PolicyError(f"{path} has format version {version!r}; this hyperpilot reads {FORMAT_VERSION}")
     if _digest({"format_version": version, **payload}, tensors) != checksum:
         raise PolicyError(f"{path} is damaged: its contents do not match its checksum")
     try:
@@ -185,15 +192,16 @@ def _header(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tenso
                 "trained_ranges": {name: (low, high) for name, (low, high) in payload["trained_ranges"].items()},
             }
         )
-        schedules = [header.base_schedule(kind) for kind in header.base_schedules]
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        for kind in get_args(OptimizerName):
+            header.base_schedule(kind)
+    except (TypeError, KeyError, ValueError, OverflowError, AttributeError) as error:
         raise PolicyError(f"{path} has a header that does not fit format version {FORMAT_VERSION}: {error}") from error
     own = PolicyHeader(hidden=(), base_schedules={})
     for name in ("features", "controls", "ranges"):
         if getattr(header, name) != getattr(own, name):
             raise PolicyError(f"{path} was made for other {name} than this version of hyperpilot has")
     unknown = [signal for signal in header.required_signals if signal not in SIGNALS]
-    if unknown or not schedules or max(header.hidden, default=0) > 4096 or len(header.hidden) > 16:
+    if unknown or not all(1 <= width <= 4096 for width in header.hidden) or len(header.hidden) > 16:
         raise PolicyError(f"{path} has a header that does not fit format version {FORMAT_VERSION}")
     return header
 

@@ -195,6 +195,8 @@ def export(model: PPO, env: VecNormalize, header: PolicyHeader) -> ControlPolicy
 class _Callback(BaseCallback):
     """Meta-validation, checkpoints and logging."""
 
+    model: PPO
+
     def __init__(
         self,
         config: MetaTrainingConfig,
@@ -289,7 +291,7 @@ class _Callback(BaseCallback):
             policy.header = self._header(
                 {
                     "split": "meta-validation",
-                    "measure": "mean over seeds of log(final validation loss of the calibrated schedule / of the policy)",
+                    "measure": "mean of log(final validation loss of the calibrated schedule / of the policy)",
                     "seeds": self.config.validation_seeds,
                     "timesteps": self.num_timesteps,
                     "mean_log_ratio": score.mean_log_ratio,

@@ -283,6 +283,7 @@ class _Guard:
         self._model, self._optimizer = model, optimizer
         self._first: float | None = None
         self._best = math.inf
+        self._snapshot: dict[str, Any] = {}
         self._take()
 
     def check(self, signals: Mapping[str, float]) -> str | None:
@@ -316,9 +317,7 @@ class _Guard:
         self._first, self._best, self._snapshot = state["first"], state["best"], state["snapshot"]
 
     def _take(self) -> None:
-        self._snapshot: dict[str, Any] = copy.deepcopy(
-            {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
-        )
+        self._snapshot = copy.deepcopy({"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()})
 
 
 def _number(name: str, value: Any) -> float:

@@ -41,18 +41,18 @@ class RelativeRewards:
         self._spreads: dict[str, float] = {}
         self._overall: float | None = None
         self._means: list[dict[int, float]] = [{} for _ in range(cohorts)]
-        self._returns: list[Array | None] = [None] * cohorts
+        self._returns: list[Array] = [np.zeros(0)] * cohorts
         self._scales = np.ones(cohorts)
 
     def begin(self, cohort: int, key: str) -> None:
         """A cohort begins an episode on a task of this key."""
-        self._means[cohort], self._returns[cohort] = {}, None
+        self._means[cohort], self._returns[cohort] = {}, np.zeros(0)
         self._scales[cohort] = max(self.FLOOR, self._spreads.get(key, self._overall or 0.1))
 
     def end(self, cohort: int, key: str) -> None:
         """A cohort's episode is over: learn the spread of its returns."""
         returns = self._returns[cohort]
-        if returns is None or np.isfinite(returns).sum() < 2:
+        if np.isfinite(returns).sum() < 2:
             return
         spread = float(np.nanstd(returns))
         self._spreads[key] = self._mix(self._spreads.get(key), spread)
@@ -72,9 +72,9 @@ class RelativeRewards:
         self._means[cohort][age] = float(rewards[aligned].mean()) if aligned.any() else 0.0
         for index in np.flatnonzero(~aligned):
             result[index] = rewards[index] - self._means[cohort].get(int(intervals[index]), 0.0)
-        before = np.zeros_like(rewards) if self._returns[cohort] is None else self._returns[cohort]
+        before = self._returns[cohort] if age else np.zeros_like(rewards)
         self._returns[cohort] = np.where(aligned, before + rewards, np.nan)
-        return np.clip(result / self._scales[cohort], -_REWARD_CLIP, _REWARD_CLIP)
+        return np.asarray(np.clip(result / self._scales[cohort], -_REWARD_CLIP, _REWARD_CLIP))
 
     def _mix(self, old: float | None, new: float) -> float:
         return new if old is None else self.MOMENTUM * old + (1 - self.MOMENTUM) * new

@@ -258,7 +258,7 @@ class _Plan:
     """
 
     def __init__(self, examples: int, batch_sizes: NDArray[np.float64], done: NDArray[np.int64]) -> None:
-        parts = np.rint(np.asarray(batch_sizes) / MICRO_BATCH).astype(np.int64)
+        parts = np.rint(np.nan_to_num(batch_sizes, posinf=0.0) / MICRO_BATCH).astype(np.int64)
         if (parts < 1).any() or not np.allclose(parts * MICRO_BATCH, batch_sizes):
             raise ValueError(f"batch sizes must be multiples of {MICRO_BATCH}, not {np.asarray(batch_sizes)}")
         self.micro_steps = examples // MICRO_BATCH

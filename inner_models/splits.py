@@ -23,7 +23,7 @@ _SEQUENCES = (
     "xor-sequence",
     "addition-sequence",
 )
-_TEXTS = tuple(f"markov-text-{number}" for number in range(6))
+_TEXTS = tuple(f"markov-text-{number}" for number in range(4))
 
 _TABLE_KINDS: tuple[ModelKind, ...] = ("mlp", "mlp", "mlp", "mlp", "linear", "autoencoder")
 
@@ -33,7 +33,7 @@ META_TRAIN = TaskDistribution(
         *((name, _TABLE_KINDS) for name in _TEACHERS),
         *((name, ("mlp", "cnn", "cnn", "autoencoder")) for name in _IMAGES),
         *((name, ("mlp", "gru", "gru", "transformer")) for name in _SEQUENCES),
-        *((name, ("gru", "transformer")) for name in _TEXTS[:4]),
+        *((name, ("gru", "transformer")) for name in _TEXTS),
     )
 )
 """The distribution that agents are trained on."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -82,10 +81,8 @@ def main(config: Config) -> None:
 
 def command(config: Config) -> str:
     """The command line that gives this run."""
-    return shlex.join(
-        f"python scripts/train_agent.py --preset {config.preset} --seed {config.seed} --device {config.device}".split()
-        + ["--out", config.out.name]
-    )
+    options = f"--preset {config.preset} --seed {config.seed} --device {config.device} --out {config.out.name}"
+    return f"python scripts/train_agent.py {options}"
 
 
 def _check_same_run(config: Config) -> None:

@@ -16,9 +16,10 @@ import stable_baselines3
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import HParam, configure
+from stable_baselines3.common.logger import HParam, TensorBoardOutputFormat, configure
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from torch.utils.tensorboard import SummaryWriter
 
 from hpo_env.actions import calibrated
 from hpo_env.env import Variation
@@ -32,6 +33,21 @@ from .vec_env import CohortVecEnv
 HIDDEN = (64, 64)
 
 POLICY_FILE, CHECKPOINT_FILE, CONFIG_FILE = "policy.safetensors", "checkpoint.pt", "config.json"
+
+CURVES = {
+    "meta_validation/log_ratio_to_calibrated": "ln(final validation loss of the calibrated schedule / of the policy), "
+    "mean over meta-validation tasks and seeds; above 0 the policy is better. Checkpoints are chosen by it.",
+    "meta_validation/return": "fall of ln(validation loss) over a run, mean over meta-validation tasks and seeds",
+    "meta_validation_log_ratio/*": "the first of these, task by task",
+    "inner/final_val_loss": "validation loss at the end of the inner trainings that ended in this rollout, mean",
+    "inner/diverged_share": "share of them that diverged",
+    "control/*_geometric_mean": "value that the policy gave the control, geometric mean over inner trainings",
+    "rollout/ep_rew_mean": "fall of ln(validation loss) over an inner training, mean over the last 100",
+    "rollout/ep_len_mean": "length of an inner training, in intervals",
+    "time/fps": "decisions a second",
+    "train/*": "PPO's own losses and statistics (see stable-baselines3)",
+}
+"""TensorBoard tag -> meaning and unit. The horizontal axis counts decisions."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +166,10 @@ def meta_train(
         callback = _Callback(config, out, seed, device, provenance or {}, report, max(1, workers))
         if checkpoint:
             _restore(model, env, callback, checkpoint)
-        model.set_logger(configure(str(out / "tensorboard"), ["tensorboard"]))
+        folder = str(out / "tensorboard")
+        if checkpoint:  # what was logged after the checkpoint is about to be logged again
+            SummaryWriter(folder, purge_step=done + 1).close()
+        model.set_logger(configure(folder, ["tensorboard"]))
         if done < config.timesteps:
             model.learn(config.timesteps - done, callback=callback, reset_num_timesteps=done == 0)
         callback.finish()
@@ -233,6 +252,7 @@ class _Callback(BaseCallback):
     def _on_training_start(self) -> None:
         self._clock = time.monotonic()
         if not self._resumed:
+            self._explain_curves()
             self._meta_validate()
 
     def _on_rollout_start(self) -> None:
@@ -263,6 +283,12 @@ class _Callback(BaseCallback):
         self.logger.record("meta_validation/best_log_ratio_to_calibrated", float(self.best))
         self.logger.dump(self.num_timesteps)
         _write_checkpoint(self.out / CHECKPOINT_FILE, self.model, self._env, self.state())
+
+    def _explain_curves(self) -> None:
+        lines = [f"- `{tag}`: {meaning}" for tag, meaning in CURVES.items()]
+        for output in self.logger.output_formats:
+            if isinstance(output, TensorBoardOutputFormat):
+                output.writer.add_text("about/curves", "\n".join(lines))
 
     @property
     def _env(self) -> VecNormalize:

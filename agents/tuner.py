@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpo_env.actions import BaseSchedule
 from hpo_env.control import ControlLoop
@@ -96,7 +96,7 @@ class Tuner:
         batch_size: int | None = None,
         start: Literal["policy", "given"] = "policy",
         max_factor: float = 10.0,
-        initial_loss: float | None = None,
+        initial_loss: float | Tensor | None = None,
         signals: Sequence[str] = ("train_loss", "val_loss"),
         guard: bool = True,
         writer: ScalarWriter | None = None,
@@ -164,7 +164,7 @@ class Tuner:
         """Epochs finished."""
         return int(self._loop.state.telemetry.interval[0])
 
-    def step(self, *, train_loss: float, val_loss: float | None = None) -> dict[str, float]:
+    def step(self, *, train_loss: float | Tensor, val_loss: float | Tensor | None = None) -> dict[str, float]:
         """Call at the end of every epoch. Sets the hyperparameters for the next one and returns them.
 
         Losses may be numbers or one-element tensors. One that is not finite is a divergence, not an error.

@@ -14,6 +14,7 @@ from agents.application import BASELINES, MakeController, Run, train, with_polic
 from agents.policy import ControlPolicy
 from agents.tuner import pretrained_path
 from hpo_env.hyperparameters import CONTROLS
+from inner_models.signals import SIGNALS
 from inner_models.tasks import OptimizerName, Task
 from scripts.common import (
     check_device,
@@ -26,6 +27,11 @@ from scripts.common import (
 )
 
 RESULT_FILE = "result.json"
+
+ABOUT_CURVES = "\n".join(
+    [f"- `inner/{name}`: {meaning}" for name, meaning in SIGNALS.items()]
+    + ["- `control/*`: the hyperparameter's value over the epoch", "- horizontal axis: epochs"]
+)
 
 
 @dataclass
@@ -70,6 +76,7 @@ def compare(
     with progress_bar(f"training {task.name}", task.horizon * len(methods)) as update:
         for index, (name, attach) in enumerate(methods.items()):
             with SummaryWriter(str(out / name)) as writer:
+                writer.add_text("about/curves", ABOUT_CURVES)
                 runs[name] = train(
                     task,
                     attach,

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from inner_models.names import unknown
 
-console = Console()
+console = Console(soft_wrap=False, width=None if Console().is_terminal else 140)
 
 Config = TypeVar("Config")
 

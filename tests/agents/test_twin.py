@@ -69,7 +69,7 @@ def user_run(task: Task, policy: ControlPolicy, seed: int) -> tuple[list[list[fl
         for inputs, targets in loader:
             optimizer.zero_grad()
             loss = loss_of(inputs, targets)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             total += loss.item() * len(inputs)
         tuner.step(train_loss=total / rows, val_loss=validate())

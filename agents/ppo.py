@@ -41,7 +41,7 @@ CURVES = {
     "meta_validation_log_ratio/*": "the first of these, task by task",
     "inner/final_val_loss": "validation loss at the end of the inner trainings that ended in this rollout, mean",
     "inner/diverged_share": "share of them that diverged",
-    "control/*_geometric_mean": "value that the policy gave the control, geometric mean over inner trainings",
+    "control/*_mean": "value that the policy gave the control, geometric mean over inner trainings",
     "rollout/ep_rew_mean": "fall of ln(validation loss) over an inner training, mean over the last 100",
     "rollout/ep_len_mean": "length of an inner training, in intervals",
     "time/fps": "decisions a second",
@@ -269,7 +269,7 @@ class _Callback(BaseCallback):
                 self.logger.record_mean("inner/final_val_loss", float(info["final"]["val_loss"]))
                 self.logger.record_mean("inner/diverged_share", float(info["final"]["diverged"]))
             for name, value in info.get("controls", {}).items():
-                self.logger.record_mean(f"control/{name}_geometric_mean", value)
+                self.logger.record_mean(f"control/{name}_mean", value)
         self._report(Progress(self.num_timesteps, self.config.timesteps))
         return True
 

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from hpo_env.actions import BaseSchedule
 from hpo_env.control import ControlLoop
-from hpo_env.hyperparameters import CONTROLS, Binding, HasBatchSize
+from hpo_env.hyperparameters import CONTROLS, Binding, HasBatchSize, Hyperparameter
 from inner_models.sampling import BatchSampler
 from inner_models.signals import GradientMeter
 
@@ -105,6 +106,8 @@ class Tuner:
             raise ValueError(f"total_epochs must be at least 1, not {total_epochs}")
         if start not in ("policy", "given"):
             raise ValueError(f"start must be 'policy' or 'given', not {start!r}")
+        if not max_factor > 1:
+            raise ValueError(f"max_factor must be above 1, not {max_factor}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         missing = [name for name in policy.header.required_signals if name not in signals]
@@ -123,13 +126,14 @@ class Tuner:
             base = BaseSchedule(**{"batch_size": 1.0, "weight_decay": 0.0, "dropout": 0.0, **self._binding.read()})
         else:
             base = policy.header.base_schedule("sgd" if sgd else "adamw")
+        self._max_factor = max_factor if start == "given" else math.inf
         self._loop = ControlLoop(
             1,
             horizon=total_epochs,
             base=base,
             parameters=sum(p.numel() for group in optimizer.param_groups for p in group["params"]),
             momentum_sgd=sgd,
-            max_factor=max_factor if start == "given" else math.inf,
+            max_factor=self._max_factor,
         )
         lacking = {name: 0.0 for name in CONTROLS if name not in self._binding.available}
         known = {} if initial_loss is None else {"val_loss": np.array([_number("initial_loss", initial_loss)])}
@@ -183,12 +187,15 @@ class Tuner:
         verdict = self._guard.check(signals) if self._guard else None
         if verdict and self._guard:
             self._guard.restore()
-            self._loop.shift("lr", -math.log(4))
+            # On the base schedule, so that neither the policy's reach nor `max_factor` undoes it.
+            self._loop.base = replace(self._loop.base, lr=self._loop.base.lr / 4)
             self._meter.begin()
             _log.warning("epoch %d: %s; restored the best snapshot and lowered lr to a quarter", epoch + 1, verdict)
         if self.epoch < self.total_epochs:
             self._decide(signals, verdict)
-        elif self.epoch == self.total_epochs + 1:
+        elif verdict:
+            self._binding.write({"lr": self.hyperparameters["lr"] / 4})
+        if self.epoch == self.total_epochs + 1:
             _log.warning("more epochs than total_epochs=%d: values stay as they are", self.total_epochs)
         return self.hyperparameters
 
@@ -222,6 +229,7 @@ class Tuner:
         """State to put in the run's own checkpoint (tensors and plain values, the guard's snapshot included)."""
         return {
             "loop": self._loop.state_dict(),
+            "base": self._loop.base.to_dict(),
             "hyperparameters": self.hyperparameters,
             "history": copy.deepcopy(self.history),
             "total_epochs": self.total_epochs,
@@ -237,10 +245,13 @@ class Tuner:
         if state["total_epochs"] != self.total_epochs:
             raise ValueError(f"the state is of a run of {state['total_epochs']} epochs, not {self.total_epochs}")
         self._loop.load_state_dict(state["loop"])
+        self._loop.base = BaseSchedule(**state["base"])
         self._binding.write(state["hyperparameters"])
         self.history = copy.deepcopy(list(state["history"]))
-        if self._guard and state["guard"]:
-            self._guard.load_state_dict(state["guard"])
+        if self._guard and self._model is not None:
+            self._guard = _Guard(self._model, self._optimizer)  # of the weights just loaded
+            if state["guard"]:
+                self._guard.load_state_dict(state["guard"])
         self._meter.begin()
 
     def close(self) -> None:
@@ -251,7 +262,7 @@ class Tuner:
         observation = self._loop.observe()
         action, self._policy_state = self.policy.act(observation, self._policy_state)
         values = self._loop.decide(action)
-        chosen = {name: float(values[name][0]) for name in self._binding.available}
+        chosen = self._within({name: float(values[name][0]) for name in self._binding.available})
         self._binding.write(chosen)
         self._write("control", chosen, self.epoch)
         self.history.append(
@@ -264,6 +275,14 @@ class Tuner:
                 "guard": guard,
             }
         )
+
+    def _within(self, values: dict[str, float]) -> dict[str, float]:
+        """`values`, less what a control's range and rounding put more than `max_factor` away from the base schedule."""
+        if math.isinf(self._max_factor):
+            return values
+        base = self._loop.base.values(np.asarray((self.epoch + 0.5) / self.total_epochs))
+        bounds = {name: _bounds(CONTROLS[name], float(base[name]), self._max_factor) for name in values}
+        return {name: min(max(value, bounds[name][0]), bounds[name][1]) for name, value in values.items()}
 
     def _write(self, group: str, values: Mapping[str, float], epoch: int) -> None:
         if self._writer is not None:
@@ -320,8 +339,17 @@ class _Guard:
         self._snapshot = copy.deepcopy({"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()})
 
 
+def _bounds(control: Hyperparameter, base: float, factor: float) -> tuple[float, float]:
+    """The values within `factor` of `base`; on the odds, if it is a share."""
+    if control.scale == "logit":
+        odds = base / (1 - base)
+        return odds / (factor + odds), odds * factor / (1 + odds * factor)
+    low, high = base / factor, base * factor
+    return (math.ceil(low), math.floor(high)) if control.multiple else (low, high)
+
+
 def _number(name: str, value: Any) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several elements
         raise ValueError(f"{name} must be a number, not {value!r}") from None

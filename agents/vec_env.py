@@ -120,7 +120,8 @@ class CohortEnv:
                 "episode": {"r": self._return[index], "l": int(before[index]) + 1, "t": time.time()},
                 "final": final,
             }
-        listed[0]["controls"] = {name: float(np.exp(np.log(infos[name] + 1e-12).mean())) for name in CONTROLS}
+        in_use = {name: infos[name][infos[name] > 0] for name in CONTROLS}
+        listed[0]["controls"] = {name: float(np.exp(np.log(v).mean())) for name, v in in_use.items() if len(v)}
         self._return[over] = 0
         for cohort, task in enumerate(self.env.tasks):
             if task is not tasks[cohort]:

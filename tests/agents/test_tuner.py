@@ -50,8 +50,8 @@ class Loop:
     def __init__(self, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.model = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(24, 24), nn.ReLU(), nn.Dropout(DROPOUT / 2),
-            nn.Linear(24, 10),
+            nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(24, 24), nn.ReLU(),
+            nn.Dropout(DROPOUT / 2), nn.Linear(24, 10),
         )  # fmt: skip
         biases = [p for p in self.model.parameters() if p.ndim == 1]
         first, *others = [p for p in self.model.parameters() if p.ndim == 2]
@@ -139,7 +139,8 @@ def test_losses_steer() -> None:
     chosen = []
     for val_loss in (0.5, 2.5):
         run = Loop()
-        tuner = Tuner(random_policy(), run.optimizer, model=run.model, total_epochs=EPOCHS, initial_loss=2.0)
+        policy = random_policy(scale=0.3)
+        tuner = Tuner(policy, run.optimizer, model=run.model, total_epochs=EPOCHS, initial_loss=2.0)
         chosen.append(tuner.step(train_loss=1.0, val_loss=val_loss))
     assert all(chosen[0][name] != chosen[1][name] for name in CONTINUOUS)
 
@@ -545,7 +546,7 @@ def test_continuation_equals_the_uninterrupted_run(start: Any, diverging_at: int
     assert tuner.epoch == 3
     assert train(resumed, tuner, range(3, EPOCHS)) == expected
     assert equal(resumed.weights(), whole.weights())
-    assert tuner.history == whole_tuner.history
+    assert repr(tuner.history) == repr(whole_tuner.history)  # NaN, the divergence's loss, equals itself here
     assert tuner.hyperparameters == whole_tuner.hyperparameters
 
 
@@ -557,7 +558,7 @@ def test_a_checkpoint_is_a_copy() -> None:
     tuner.load_state_dict(state)
     for epoch in range(1, 4):
         tuner.step(train_loss=1.0, val_loss=math.nan if epoch == 3 else run.epoch(epoch)[1])
-    assert state["history"] == before["history"]
+    assert repr(state["history"]) == repr(before["history"])
     assert all(
         torch.equal(value, before["loop"][name]) for name, value in state["loop"].items() if value.isfinite().all()
     )

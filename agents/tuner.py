@@ -181,6 +181,7 @@ class Tuner:
         if missing:
             raise ValueError(f"this policy needs {' and '.join(missing)} at every step: pass {missing[0]}=...")
         signals = {name: _number(name, value) for name, value in losses.items() if value is not None}
+        signals = {name: value if math.isfinite(value) else math.inf for name, value in signals.items()}
         epoch = self.epoch
         self._write("inner", signals, epoch)
         self._loop.record({k: np.array([v]) for k, v in {**self._meter.finish(), **signals}.items()})

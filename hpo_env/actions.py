@@ -32,6 +32,11 @@ class BaseSchedule:
     def __post_init__(self) -> None:
         finite_positive("lr", self.lr)
         finite_positive("batch_size", self.batch_size)
+        if not (0 <= self.weight_decay < math.inf and 0 <= self.dropout < 1 and 0 <= self.warmup <= 1):
+            raise ValueError(
+                f"weight_decay must not be negative, dropout lie in 0..1 and warmup in 0..1, not {self.weight_decay}, "
+                f"{self.dropout} and {self.warmup}"
+            )
 
     def values(self, progress: Array) -> dict[str, Array]:
         """Values over an interval whose middle lies at `progress` (0..1 of the run), in the shape of `progress`."""

@@ -197,7 +197,10 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
     def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         if self._training is None or self._over:
             raise gymnasium.error.ResetNeeded("call reset() before step(): there is no episode under way")
-        values = self._loop.decide(np.asarray(action, np.float64)[None])
+        action = np.asarray(action)
+        if action.shape != self.action_space.shape:
+            raise ValueError(f"an action must have shape {self.action_space.shape}, not {action.shape}")
+        values = self._loop.decide(action.astype(np.float64)[None])
         self._binding.write({name: float(values[name][0]) for name in self._binding.available})
         signals = self._training.advance()
         self._loop.record({name: np.array([value]) for name, value in signals.items()})

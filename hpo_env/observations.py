@@ -185,7 +185,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature("update_ratio_change", -2, 2, "r(that ratio, that of 1 interval ago)", _change("update_ratio", 1)),
     Feature("val_missing", 0, 1, "1 if the last validation loss is missing", _missing("val_loss")),
     Feature("gradients_missing", 0, 1, "1 if gradient statistics are missing", _missing("grad_norm")),
-    Feature("non_finite", 0, 1, "1 if the last loss was infinite", _non_finite),
+    Feature("non_finite", 0, 1, "1 if the last loss was not finite", _non_finite),
     *(feature for index, name in enumerate(CONTROLS) for feature in _of_control(index, name)),
 )  # fmt: skip
 

@@ -90,6 +90,8 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
             seeds: list[int | None] = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
         else:
             seeds = list(seed)
+            if len(seeds) != self.num_envs:
+                raise ValueError(f"{len(seeds)} seeds for {self.num_envs} sub-environments")
         size = self.num_envs // len(self._cohorts)
         for index, cohort in enumerate(self._cohorts):
             cohort.reset(seeds[index * size : (index + 1) * size], (options or {}).get("task"))
@@ -98,7 +100,10 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
     def step(
         self, actions: Batch
     ) -> tuple[Batch, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        parts = np.split(np.asarray(actions, np.float64), len(self._cohorts))
+        actions = np.asarray(actions)
+        if actions.shape != self.action_space.shape:
+            raise ValueError(f"actions must have shape {self.action_space.shape}, not {actions.shape}")
+        parts = np.split(actions.astype(np.float64), len(self._cohorts))
         for cohort, part in zip(self._cohorts, parts, strict=True):
             cohort.step(part)
         terminated = np.concatenate([cohort.terminated for cohort in self._cohorts])
@@ -210,7 +215,7 @@ class _Cohort:
         self.info = {name: signals[name] for name in ("train_loss", "val_loss")} | {"diverged": lost} | values
         self._age += 1
         # Only the environment's own fixed task is gone on with; one from `options` is for one episode.
-        moves_on = self._age >= self.task.horizon and self.task is not self._source
+        moves_on = self.task is not self._source and (self._age >= self.task.horizon or bool(self.terminated.all()))
         if moves_on:
             self.truncated = ~self.terminated
         over = self.terminated | self.truncated

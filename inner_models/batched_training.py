@@ -101,6 +101,7 @@ class BatchedTraining:
             The interval's signals, each `[replicas]`, by the definitions of `inner_models.signals`.
         """
         plan = _Plan(self._data.interval_examples, hyperparameters["batch_size"], self._steps)
+        self._steps = plan.done
         rows = len(self._data.dataset.train)
         order = np.stack([draw_order(rows, plan.micro_steps * MICRO_BATCH, s.order) for s in self._streams])
         batches = torch.from_numpy(order).to(self._device).view(self.replicas, plan.micro_steps, MICRO_BATCH)
@@ -255,6 +256,7 @@ class _Plan:
         batch_parts: micro-batches in the batch then full.
         steps: the replica's optimizer steps so far in its run, this one included (at least 1).
         measured: the step is one whose gradient is measured.
+        done: `[replicas]`, optimizer steps in all once the interval is over.
     """
 
     def __init__(self, examples: int, batch_sizes: NDArray[np.float64], done: NDArray[np.int64]) -> None:
@@ -271,4 +273,4 @@ class _Plan:
         self.measured = self.full & (index % MEASURE_EVERY == 0)
         self.any_full, self.all_full = self.full.any(1), self.full.all(1)
         self.any_measured = self.measured.any(1)
-        done += index[-1] + 1
+        self.done = done + index[-1] + 1

@@ -37,6 +37,7 @@ def replicate(model: nn.Module, parameters: Parameters, masks: list[MaskSource])
     dropouts = {id(m): source for m, source in zip(_dropouts(model), masks, strict=True)}
 
     def build(module: nn.Module, prefix: str) -> Forward:
+        _check_options(module)
         if isinstance(module, Dropout):
             return dropouts[id(module)].apply
         if isinstance(module, nn.Sequential):
@@ -119,6 +120,23 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], weight.shape[1])
 
 
+_ONLY: dict[type[nn.Module], dict[str, object]] = {
+    nn.Flatten: {"start_dim": 1, "end_dim": -1},
+    nn.Conv2d: {"padding_mode": "zeros", "stride": (1, 1), "dilation": (1, 1), "groups": 1},
+    GRU: {"num_layers": 1, "bidirectional": False, "batch_first": True, "dropout": 0.0},
+}
+"""Options of layers that their twins know, where they know only one."""
+
+
+def _check_options(module: nn.Module) -> None:
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm) and own != {"weight", "bias"}:
+        raise NotImplementedError(f"{module} has no replicated twin: it needs a weight and a bias")
+    for name, value in _ONLY.get(type(module), {}).items():
+        if getattr(module, name) != value:
+            raise NotImplementedError(f"{module} has no replicated twin: {name} must be {value}")
+
+
 @singledispatch
 def _twin(module: nn.Module, p: Parameters) -> Forward:
     raise NotImplementedError(f"{type(module).__name__} has no replicated twin")
@@ -149,7 +167,8 @@ def _linear_twin(module: nn.Linear, p: Parameters) -> Forward:
 def _conv2d(module: nn.Conv2d, p: Parameters) -> Forward:
     """One batched matrix product over unfolded patches: many small kernels defeat grouped convolution."""
     kernel, padding = module.kernel_size, module.padding
-    assert not isinstance(padding, str)
+    if isinstance(padding, str):
+        raise NotImplementedError(f"{module} has no replicated twin: padding must be given in numbers")
 
     def forward(x: Tensor) -> Tensor:
         replicas, batch, channels, height, width = x.shape

@@ -185,6 +185,14 @@ class TaskDistribution:
     eval_rows: int = 384
     noisy_share: float = 0.3
 
+    def __post_init__(self) -> None:
+        if not self.entries or not self.optimizers:
+            raise ValueError("a task distribution needs at least one entry and one optimizer")
+        for name in ("widths", "depths", "horizons", "interval_examples", "train_rows"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise ValueError(f"{name} must be a range of positive numbers, low to high, not {low}..{high}")
+
     def sample(self, rng: np.random.Generator) -> Task:
         """Draw a task. Costly model kinds get fewer examples an interval (`COST_SHARE`)."""
         dataset, kinds = self.entries[rng.integers(len(self.entries))]

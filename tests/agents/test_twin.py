@@ -80,7 +80,7 @@ def user_run(task: Task, policy: ControlPolicy, seed: int) -> tuple[list[list[fl
 @pytest.mark.parametrize("name", ["digits/mlp", "digits/cnn", "waveforms/gru"])
 def test_tuner_equals_environment(name: str, optimizer: OptimizerName) -> None:
     task = Task.named(name, horizon=5, train_rows=200, optimizer=optimizer, eval_rows=100)
-    policy = random_policy(seed=3)
+    policy = random_policy(seed=2)
     observations, infos, inner_seed = environment_run(task, policy, seed=11)
     seen, chosen = user_run(task, policy, inner_seed)
     assert len(seen) == len(observations) - 1 == task.horizon
@@ -89,5 +89,5 @@ def test_tuner_equals_environment(name: str, optimizer: OptimizerName) -> None:
     for info, values in zip(infos, chosen, strict=True):
         for control, value in values.items():
             assert value == pytest.approx(info[control], rel=1e-5)
-    assert len({values["lr"] for values in chosen}) > 1
-    assert len({values["batch_size"] for values in chosen}) > 1
+    # The seed is one whose decisions move every control, or the comparison would say little.
+    assert all(len({values[control] for values in chosen}) > 1 for control in chosen[0])

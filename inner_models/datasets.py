@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
-from sklearn import datasets as sklearn_datasets
 from torch import Tensor
 
 from inner_models import generators
@@ -205,7 +204,9 @@ def _package_folder(package: str) -> Path:
 
 
 def _sklearn(function: str, rng: Generator) -> _Source:
-    inputs, targets = getattr(sklearn_datasets, function)(return_X_y=True)
+    from sklearn import datasets  # takes longer to import than torch: only those who need it pay
+
+    inputs, targets = getattr(datasets, function)(return_X_y=True)
     if function == "load_digits":
         inputs = inputs.reshape(-1, 1, 8, 8)
     return _Source(inputs, targets[:, None] if function == "load_diabetes" else _classes(targets))
@@ -328,9 +329,11 @@ def _pydoc_topics(rng: Generator) -> _Source:
 
 
 def _openml(item: str, rng: Generator) -> _Source:
+    from sklearn.datasets import fetch_openml
+
     key: dict[str, Any] = {"data_id": int(item)} if item.isdigit() else {"name": item, "version": "active"}
     try:
-        bunch = sklearn_datasets.fetch_openml(as_frame=True, **key)
+        bunch = fetch_openml(as_frame=True, **key)
     except (OSError, ValueError) as error:
         raise DatasetError(f"data set 'openml:{item}' could not be fetched: {error}") from error
     if getattr(bunch.target, "ndim", 0) != 1:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from sklearn.datasets import make_friedman1
 
 Array = NDArray[Any]
 Sample = tuple[Array, Array]
@@ -31,6 +30,8 @@ def teacher(number: int, rng: Generator) -> Sample:
 
 
 def friedman(rng: Generator) -> Sample:
+    from sklearn.datasets import make_friedman1
+
     inputs, targets = make_friedman1(2000, noise=1.0, random_state=int(rng.integers(2**31)))
     return inputs, targets[:, None]
 

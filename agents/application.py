@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from agents.policy import ControlPolicy
-from agents.schedules import Constant, Controller, Cosine, Plateau, defaults
-from agents.tuner import ScalarWriter, Tuner
 from hpo_env.actions import calibrated
 from hpo_env.hyperparameters import CONTROLS, Binding
 from inner_models.tasks import Task, prepare
 from inner_models.training import Training
+
+from .policy import ControlPolicy
+from .schedules import Constant, Controller, Cosine, Plateau, defaults
+from .tuner import ScalarWriter, Tuner
 
 MakeController = Callable[[Training, float], Controller]
 """Attaches a controller to a run; its second argument is the validation loss before training."""

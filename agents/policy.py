@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +21,8 @@ from hpo_env.hyperparameters import CONTROLS
 from hpo_env.observations import FEATURES
 from inner_models.signals import SIGNALS
 from inner_models.tasks import OptimizerName
+
+from .files import write_atomically
 
 FORMAT = "hyperpilot-policy"
 FORMAT_VERSION = 1
@@ -204,19 +204,3 @@ def _header(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tenso
     if unknown or not all(1 <= width <= 4096 for width in header.hidden) or len(header.hidden) > 16:
         raise PolicyError(f"{path} has a header that does not fit format version {FORMAT_VERSION}")
     return header
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that the old file stays whole until the new one is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -26,13 +26,14 @@ from hpo_env.env import Variation
 from inner_models.splits import META_TRAIN, META_TRAIN_SMALL, META_VALIDATION, META_VALIDATION_SMALL, datasets_of
 from inner_models.tasks import Task, TaskDistribution
 
-from .policy import OBSERVATION_CLIP, ControlPolicy, PolicyHeader, write_atomically
+from .files import CONFIG_FILE, write_atomically
+from .policy import OBSERVATION_CLIP, ControlPolicy, PolicyHeader
 from .rollouts import MetaValidation, Score
 from .vec_env import CohortVecEnv
 
 HIDDEN = (64, 64)
 
-POLICY_FILE, CHECKPOINT_FILE, CONFIG_FILE = "policy.safetensors", "checkpoint.pt", "config.json"
+POLICY_FILE, CHECKPOINT_FILE = "policy.safetensors", "checkpoint.pt"
 
 CURVES = {
     "meta_validation/log_ratio_to_calibrated": "ln(final validation loss of the calibrated schedule / of the policy), "

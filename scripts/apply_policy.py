@@ -23,6 +23,7 @@ from scripts.common import (
     progress_bar,
     run_main,
     tensorboard_hint,
+    write_config,
     write_json,
 )
 
@@ -60,7 +61,8 @@ def main(config: Config) -> None:
     check_device(config.device)
     task = Task.named(config.task, horizon=config.epochs, optimizer=config.optimizer)
     policy = ControlPolicy.load(config.policy or pretrained_path())
-    check_out(config.out, RESULT_FILE)
+    check_out(config.out)
+    write_config(config.out, "apply_policy", config)
     results = compare(task, {"policy": with_policy(policy), **BASELINES}, config.seed, config.device, config.out)
     write_json(config.out / RESULT_FILE, results)
     if config.json:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -14,6 +15,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from agents.files import CONFIG_FILE
 from inner_models.names import unknown
 
 console = Console(soft_wrap=False, width=None if Console().is_terminal else 140)
@@ -53,10 +55,10 @@ def check_device(device: str) -> None:
         raise ValueError("device 'cuda' is not available on this machine (torch sees no GPU); use --device cpu")
 
 
-def check_out(out: Path, marker: str) -> None:
-    """Make the folder `out`; fail if it is not writable or already holds a run (a file named `marker`)."""
-    if (out / marker).exists():
-        raise ValueError(f"{out} already holds a run ({marker}); choose another --out or remove it")
+def check_out(out: Path) -> None:
+    """Make the folder `out`; fail if it is not writable or already holds a run (which begins with `CONFIG_FILE`)."""
+    if (out / CONFIG_FILE).exists():
+        raise ValueError(f"{out} already holds a run ({CONFIG_FILE}); choose another --out or remove it")
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
@@ -64,6 +66,12 @@ def check_out(out: Path, marker: str) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+
+
+def write_config(out: Path, script: str, config: Any) -> None:
+    """Write the effective settings of a script, a dataclass, into its run's folder."""
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    write_json(out / CONFIG_FILE, {"script": script, **values})
 
 
 def write_json(path: Path, value: Any) -> None:

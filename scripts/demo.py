@@ -13,7 +13,7 @@ from agents.tuner import pretrained_path
 from inner_models.tasks import Task
 from scripts import train_agent
 from scripts.apply_policy import RESULT_FILE, compare
-from scripts.common import check_out, console, run_main, tensorboard_hint, write_json
+from scripts.common import check_out, console, run_main, tensorboard_hint, write_config, write_json
 
 
 @dataclass
@@ -36,7 +36,8 @@ def main(config: Config) -> None:
     out = config.out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     task = Task.named(config.task, horizon=config.epochs)
     comparison = out / "comparison"
-    check_out(comparison, RESULT_FILE)
+    check_out(comparison)
+    write_config(comparison, "demo", config)
     console.print("1. Meta-train an agent across many small training runs of other data sets.")
     train_agent.main(train_agent.Config(out=out / "agent", preset=config.preset, seed=config.seed))
     console.print(f"\n2. Train {task.name}, which it has never seen, once with each method.")

@@ -8,8 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from agents.files import CONFIG_FILE
 from agents.policy import ControlPolicy
-from agents.ppo import CHECKPOINT_FILE, CONFIG_FILE, POLICY_FILE, PRESETS, Progress, effective_config, meta_train
+from agents.ppo import CHECKPOINT_FILE, POLICY_FILE, PRESETS, Progress, effective_config, meta_train
 from scripts.common import (
     check_device,
     check_out,
@@ -46,7 +47,7 @@ def main(config: Config) -> None:
     if config.resume:
         _check_same_run(config)
     else:
-        check_out(config.out, CONFIG_FILE)
+        check_out(config.out)
     history: list[dict[str, float]] = []
     started = time.monotonic()
     with progress_bar(f"meta-training ({config.preset})", preset.timesteps) as update:

@@ -11,14 +11,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hpo_env.hyperparameters import CONTROLS
 from inner_models import datasets
 from inner_models.tasks import prepare
-from scripts import apply_policy, calibrate, train_agent
+from scripts import apply_policy, calibrate, evaluate, train_agent
 from scripts.common import run_main
+from scripts.examples import plain_pytorch
 from tests.agents.conftest import random_policy
 
 Door = Callable[..., str]
@@ -150,3 +152,41 @@ def test_the_calibration_file_names_its_command() -> None:
     table = json.loads(resources.files("hpo_env").joinpath("base_schedule.json").read_text())
     assert table["command"].startswith("python scripts/calibrate.py --configurations 256 --tasks 20 --seed 0")
     assert calibrate.Config.configurations == 256
+
+
+def test_apply_policy_refuses_a_folder_that_holds_a_run(door: Door, policy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--policy", policy, "--task", "wine/mlp", "--epochs", 1, "--out", out]
+    door(apply_policy, *arguments)
+    before = (out / "result.json").read_bytes()
+    assert json.loads((out / "config.json").read_text())["task"] == "wine/mlp"
+    one_line(door(apply_policy, *arguments, status=2), "already holds a run", "--out")
+    assert (out / "result.json").read_bytes() == before
+
+
+def test_the_example_is_short_and_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(plain_pytorch, "EPOCHS", 3)
+    plain_pytorch.main()
+    assert "epoch  3  val loss" in capsys.readouterr().out
+    assert len(Path(plain_pytorch.__file__).read_text().splitlines()) < 60
+
+
+def test_evaluate_against_itself_and_by_hand() -> None:
+    losses = np.array([1.0, 2.0, 4.0])
+    assert evaluate.log_ratio(losses, losses) == {"mean": 0.0, "interval": [0.0, 0.0], "wins": 0}
+    found = evaluate.log_ratio(np.e * losses, losses * [1.0, 1.0, np.e])
+    assert found["mean"] == pytest.approx(2 / 3)
+    assert found["interval"][0] <= 2 / 3 <= found["interval"][1]
+    assert found["wins"] == 2
+
+
+def test_evaluate_leaves_figures(door: Door, policy: Path, tmp_path: Path) -> None:
+    door(
+        evaluate, "--policy", policy, "--tasks", "wine/mlp", "--seeds", 2, "--epochs", 2, "--workers", 1,
+        "--json", tmp_path / "figures.json",
+    )  # fmt: skip
+    figures = json.loads((tmp_path / "figures.json").read_text())["wine/mlp"]
+    assert len(figures["policy"]["val"]) == 2
+    expected = np.mean(np.log(figures["cosine"]["test"]) - np.log(figures["policy"]["test"]))
+    assert figures["cosine"]["test_log_ratio"]["mean"] == pytest.approx(expected)
+    one_line(door(evaluate, "--policy", policy, "--seeds", 1, status=2), "seeds", "1")

@@ -58,7 +58,8 @@ def final_losses(task: Task, schedules: Sequence[BaseSchedule], seed: int, devic
 def regrets(losses: Array) -> Array:
     """Log of each loss over the task's best, capped (also where not finite): `[tasks, schedules]` to the same."""
     logs = np.log(np.where(np.isfinite(losses), losses, np.inf) + 1e-12)
-    return np.asarray(np.minimum(logs - logs.min(axis=1, keepdims=True), REGRET_CAP))
+    best = np.minimum(logs.min(axis=1, keepdims=True), np.finfo(np.float64).max)  # finite where nothing converged
+    return np.asarray(np.minimum(logs - best, REGRET_CAP))
 
 
 def calibrate(

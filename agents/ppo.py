@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import platform
 import time
 from collections.abc import Callable
@@ -173,7 +174,7 @@ def meta_train(
         model.set_logger(configure(folder, ["tensorboard"]))
         if done < config.timesteps:
             model.learn(config.timesteps - done, callback=callback, reset_num_timesteps=done == 0)
-        callback.finish()
+            callback.finish()
     finally:
         env.close()
     return ControlPolicy.load(out / POLICY_FILE)
@@ -259,6 +260,7 @@ class _Callback(BaseCallback):
     def _on_rollout_start(self) -> None:
         now = time.monotonic()
         self.seconds, self._clock = self.seconds + now - self._clock, now
+        self.logger.dump(self.num_timesteps)  # of the update just done; else a later step would get it, or two would
         if self.num_timesteps - self._last_validation >= self.config.validate_every:
             self._meta_validate()
         if self.num_timesteps:
@@ -381,7 +383,10 @@ def _write_checkpoint(path: Path, model: PPO, env: VecNormalize, state: dict[str
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"nothing to resume: no checkpoint at {path}")
-    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)  # tensors and plain values only: no code runs
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, weights_only=True)  # tensors and plain values only: no code runs
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"the checkpoint {path} is damaged; train anew in another folder") from error
     return checkpoint
 
 

@@ -23,7 +23,7 @@ Decide = Callable[[NDArray[np.float32]], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Rollout:
-    """Runs of one task, one a seed. After a run has ended early (diverged), its entries repeat its last value.
+    """Runs of one task, one a seed. After a run has ended early (diverged), its losses repeat, its controls are NaN.
 
     Attributes:
         val_loss: `[runs, horizon + 1]`, the first entry before training.

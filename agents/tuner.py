@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hpo_env.actions import BaseSchedule
 from hpo_env.control import ControlLoop
-from hpo_env.hyperparameters import CONTROLS, Binding, HasBatchSize, Hyperparameter
+from hpo_env.hyperparameters import CONTROLS, Binding, HasBatchSize
 from inner_models.sampling import BatchSampler
 from inner_models.signals import GradientMeter
 
@@ -126,14 +126,13 @@ class Tuner:
             base = BaseSchedule(**{"batch_size": 1.0, "weight_decay": 0.0, "dropout": 0.0, **self._binding.read()})
         else:
             base = policy.header.base_schedule("sgd" if sgd else "adamw")
-        self._max_factor = max_factor if start == "given" else math.inf
         self._loop = ControlLoop(
             1,
             horizon=total_epochs,
             base=base,
             parameters=sum(p.numel() for group in optimizer.param_groups for p in group["params"]),
             momentum_sgd=sgd,
-            max_factor=self._max_factor,
+            max_factor=max_factor if start == "given" else math.inf,
         )
         lacking = {name: 0.0 for name in CONTROLS if name not in self._binding.available}
         known = {} if initial_loss is None else {"val_loss": np.array([_number("initial_loss", initial_loss)])}
@@ -182,8 +181,7 @@ class Tuner:
             raise ValueError(f"this policy needs {' and '.join(missing)} at every step: pass {missing[0]}=...")
         signals = {name: _number(name, value) for name, value in losses.items() if value is not None}
         signals = {name: value if math.isfinite(value) else math.inf for name, value in signals.items()}
-        epoch = self.epoch
-        self._write("inner", signals, epoch)
+        self._write("inner", signals, self.epoch + 1)
         self._loop.record({k: np.array([v]) for k, v in {**self._meter.finish(), **signals}.items()})
         verdict = self._guard.check(signals) if self._guard else None
         if verdict and self._guard:
@@ -191,7 +189,7 @@ class Tuner:
             # On the base schedule, so that neither the policy's reach nor `max_factor` undoes it.
             self._loop.base = replace(self._loop.base, lr=self._loop.base.lr / 4)
             self._meter.begin()
-            _log.warning("epoch %d: %s; restored the best snapshot and lowered lr to a quarter", epoch + 1, verdict)
+            _log.warning("epoch %d: %s; restored the best snapshot and lowered lr to a quarter", self.epoch, verdict)
         if self.epoch < self.total_epochs:
             self._decide(signals, verdict)
         elif verdict:
@@ -263,9 +261,9 @@ class Tuner:
         observation = self._loop.observe()
         action, self._policy_state = self.policy.act(observation, self._policy_state)
         values = self._loop.decide(action)
-        chosen = self._within({name: float(values[name][0]) for name in self._binding.available})
+        chosen = {name: float(values[name][0]) for name in self._binding.available}
         self._binding.write(chosen)
-        self._write("control", chosen, self.epoch)
+        self._write("control", chosen, self.epoch + 1)
         self.history.append(
             {
                 "epoch": self.epoch,
@@ -276,14 +274,6 @@ class Tuner:
                 "guard": guard,
             }
         )
-
-    def _within(self, values: dict[str, float]) -> dict[str, float]:
-        """`values`, less what a control's range and rounding put more than `max_factor` away from the base schedule."""
-        if math.isinf(self._max_factor):
-            return values
-        base = self._loop.base.values(np.asarray((self.epoch + 0.5) / self.total_epochs))
-        bounds = {name: _bounds(CONTROLS[name], float(base[name]), self._max_factor) for name in values}
-        return {name: min(max(value, bounds[name][0]), bounds[name][1]) for name, value in values.items()}
 
     def _write(self, group: str, values: Mapping[str, float], epoch: int) -> None:
         if self._writer is not None:
@@ -338,15 +328,6 @@ class _Guard:
 
     def _take(self) -> None:
         self._snapshot = copy.deepcopy({"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()})
-
-
-def _bounds(control: Hyperparameter, base: float, factor: float) -> tuple[float, float]:
-    """The values within `factor` of `base`; on the odds, if it is a share."""
-    if control.scale == "logit":
-        odds = base / (1 - base)
-        return odds / (factor + odds), odds * factor / (1 + odds * factor)
-    low, high = base / factor, base * factor
-    return (math.ceil(low), math.floor(high)) if control.multiple else (low, high)
 
 
 def _number(name: str, value: Any) -> float:

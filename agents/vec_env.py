@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import time
 import traceback
@@ -30,8 +31,8 @@ class RelativeRewards:
 
     A replica's reward at interval t less the mean of its cohort's other replicas at t, divided by the standard
     deviation of returns within cohorts on such tasks (same data set and model kind; a running mean, constant over an
-    episode), so that easy and hard tasks weigh alike. A replica that restarted after diverging is compared with the
-    mean that its cohort had when it was at t.
+    episode), so that easy and hard tasks weigh alike. Each worker learns the spreads of its own cohorts. A replica that
+    restarted after diverging is compared with the mean that its cohort had when it was at t.
     """
 
     MOMENTUM = 0.7
@@ -191,13 +192,13 @@ class CohortVecEnv(VecEnv):
             return self._local.reset(self._seed_value)
         share = self.num_envs // len(self._connections)
         for index, connection in enumerate(self._connections):
-            connection.send(("reset", self._seed_value + index * share))
+            self._send(connection, ("reset", self._seed_value + index * share))
         return np.concatenate([self._receive(connection) for connection in self._connections])
 
     def step_async(self, actions: NDArray[np.float32]) -> None:
         self._actions = actions
         for connection, part in zip(self._connections, np.split(actions, max(1, len(self._connections))), strict=False):
-            connection.send(("step", part))
+            self._send(connection, ("step", part))
 
     def step_wait(self) -> Step:
         if self._local is not None:
@@ -213,10 +214,7 @@ class CohortVecEnv(VecEnv):
 
     def close(self) -> None:
         for connection in self._connections:
-            try:
-                connection.send(("close", None))
-            except OSError:
-                continue
+            self._send(connection, ("close", None))
         for process in self._processes:
             process.join(timeout=5)
             if process.is_alive():
@@ -245,10 +243,15 @@ class CohortVecEnv(VecEnv):
         return [False] * self.num_envs
 
     @staticmethod
+    def _send(connection: Connection, message: tuple[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # a worker that is gone: `_receive` says what it died of
+            connection.send(message)
+
+    @staticmethod
     def _receive(connection: Connection) -> Any:
         try:
             status, result = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise RuntimeError("a worker process ended unexpectedly; was it killed for memory?") from None
         if status == "error":
             raise RuntimeError(f"a worker process failed:\n{result}")

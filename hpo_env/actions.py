@@ -11,7 +11,7 @@ from importlib import resources
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo_env.hyperparameters import CONTROLS, Array, finite_positive
+from hpo_env.hyperparameters import CONTROLS, Array, Hyperparameter, finite_positive
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,28 @@ def move(offsets: Array, actions: Array, first: NDArray[np.bool_], max_factor: f
     return np.asarray(np.clip(offsets + reach * actions, -limit, limit))
 
 
-def apply_offsets(base: Mapping[str, Array], offsets: Array) -> dict[str, Array]:
+def apply_offsets(base: Mapping[str, Array], offsets: Array, max_factor: float = math.inf) -> dict[str, Array]:
     """Base values moved by `offsets` on each control's scale. A zero offset leaves the base value as it is.
 
     Args:
         base: control -> `[runs]`.
         offsets: `[runs, controls]`.
+        max_factor: no value (odds, for dropout) leaves the base by more than this, ranges and rounding included.
     """
     values = {}
     for column, (name, control) in zip(offsets.T, CONTROLS.items(), strict=True):
         moved = control.from_scale(control.to_scale(base[name]) + column)
+        if math.isfinite(max_factor):
+            low, high = _within(control, base[name], max_factor)
+            moved = np.clip(moved, low, high)
         values[name] = np.where(column == 0, base[name], moved)
     return values
+
+
+def _within(control: Hyperparameter, base: Array, factor: float) -> tuple[Array, Array]:
+    """The values within `factor` of `base`; on the odds, if it is a share."""
+    if control.scale == "logit":
+        odds = base / (1 - base)
+        return odds / (factor + odds), odds * factor / (1 + odds * factor)
+    low, high = base / factor, base * factor
+    return (np.ceil(low), np.floor(high)) if control.multiple else (low, high)

@@ -113,13 +113,6 @@ class ControlLoop:
         """Take in the signals of the interval that has just been trained, `[runs]` each."""
         self.state.telemetry.record(signals)
 
-    def shift(self, name: str, amount: float) -> None:
-        """Move a control's offset in every run outside of any decision (the tuner's guard does)."""
-        action = np.zeros_like(self.state.offsets)
-        action[:, _INDEX[name]] = amount
-        self.state.offsets = self.state.offsets + np.where(self.state.available, action, 0)
-        self._set_values()
-
     def state_dict(self) -> dict[str, Any]:
         """All that changes over a run, as tensors."""
         arrays = {
@@ -149,7 +142,7 @@ class ControlLoop:
         coming = np.minimum(telemetry.interval, telemetry.horizon - 1)  # a run that outlasts its length holds the end
         base = self.base.values((coming + 0.5) / telemetry.horizon)
         base["lr"] = base["lr"] * self._lr_scale
-        moved = apply_offsets(base, self.state.offsets)
+        moved = apply_offsets(base, self.state.offsets, self._max_factor)
         self.state.values = np.where(
             self.state.available, np.stack([moved[name] for name in CONTROLS], axis=1), self._fixed
         )

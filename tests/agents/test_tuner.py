@@ -467,6 +467,9 @@ def test_a_divergence_before_the_first_good_epoch() -> None:
     tuner.step(train_loss=math.nan, val_loss=math.nan)
     assert equal(run.weights(), first)
     assert not run.optimizer.state_dict()["state"]
+    tuner.step(train_loss=1.0, val_loss=1.0)  # nothing trained: the way back does not count as an update
+    assert tuner.history[2]["observation"][tuner.policy.header.features.index("update_ratio")] == 0.0
+    assert tuner.history[1]["observation"][tuner.policy.header.features.index("update_ratio")] != 0.0
 
 
 @pytest.mark.parametrize("start", ["policy", "given"])
@@ -594,9 +597,9 @@ def test_writer() -> None:
         tuner.step(train_loss=float(epoch), val_loss=10.0 + epoch)
     found = {(tag, step): value for tag, value, step in writer.scalars}
     assert len(found) == len(writer.scalars)
-    inner = {(f"inner/{name}", e): o + e for e in range(4) for name, o in (("train_loss", 0.0), ("val_loss", 10.0))}
+    inner = {(f"inner/{name}", e + 1): o + e for e in range(4) for name, o in (("train_loss", 0.0), ("val_loss", 10.0))}
     control = {
-        (f"control/{name}", entry["epoch"]): value
+        (f"control/{name}", entry["epoch"] + 1): value
         for entry in tuner.history
         for name, value in entry["hyperparameters"].items()
     }

@@ -167,14 +167,6 @@ def test_restart_concerns_its_runs_only() -> None:
     assert loop.decide(np.ones((3, 4)))["batch_size"].tolist() == [256, 128, 256]
 
 
-def test_shift_moves_one_control() -> None:
-    loop = make_loop()
-    base = loop.values()
-    loop.shift("lr", -math.log(2))
-    assert loop.values()["lr"] == pytest.approx(base["lr"] / 2)
-    assert loop.values()["dropout"].tolist() == base["dropout"].tolist()
-
-
 def test_horizon_is_positive() -> None:
     with pytest.raises(ValueError, match="horizon must be at least 1 interval, not 0"):
         make_loop(horizon=0)

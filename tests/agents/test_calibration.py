@@ -1,0 +1,83 @@
+"""The random search behind the base schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from agents.calibration import REGRET_CAP, SEARCH_RANGES, calibrate, final_losses, regrets, sample_schedules
+from agents.rollouts import roll_out, stay
+from hpo_env.actions import BaseSchedule
+from hpo_env.hyperparameters import CONTROLS
+from inner_models.tasks import OptimizerName, Task
+from tests.agents.test_vec_env import TINY
+
+TASK = Task.named("digits/mlp", horizon=3, interval_examples=64, train_rows=96, eval_rows=64)
+
+
+def search(optimizer: OptimizerName = "adamw", **arguments: Any) -> tuple[BaseSchedule, dict[str, float]]:
+    sizes = {"configurations": 6, "finalists": 2, "tasks": 2, "workers": 1, "report": lambda line: None}
+    return calibrate(optimizer, TINY, **{**sizes, **arguments})
+
+
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
+def test_schedules_lie_in_the_search_ranges(optimizer: OptimizerName) -> None:
+    schedules = sample_schedules(optimizer, 200, np.random.default_rng(0))
+    for name, (low, high) in SEARCH_RANGES[optimizer].items():
+        values = np.array([getattr(schedule, name) for schedule in schedules])
+        assert values.min() >= low * (1 - 1e-9)
+        assert values.max() <= high * (1 + 1e-9)
+        assert CONTROLS[name].low <= low < high <= CONTROLS[name].high
+        middle = (low + high) / 2 if name == "dropout" else math.sqrt(low * high)
+        assert 0.3 < (values < middle).mean() < 0.7, name
+        assert not CONTROLS[name].multiple or not (values % CONTROLS[name].multiple).any()
+
+
+def test_regrets_by_hand() -> None:
+    losses = np.array([[1.0, 2.0, math.nan], [math.inf, 0.5, 0.5 * math.e**0.25], [1.0, 100.0, -math.inf]])
+    expected = [[0, math.log(2), REGRET_CAP], [REGRET_CAP, 0, 0.25], [0, REGRET_CAP, REGRET_CAP]]
+    np.testing.assert_allclose(regrets(losses), expected, atol=1e-9)
+
+
+def test_regrets_of_a_task_on_which_nothing_converged() -> None:
+    with np.errstate(invalid="ignore"):
+        found = regrets(np.array([[math.nan, math.inf], [1.0, 1.0]]))
+    np.testing.assert_array_equal(found, [[REGRET_CAP, REGRET_CAP], [0, 0]])
+
+
+def test_final_losses_are_those_of_runs_under_the_schedule() -> None:
+    schedules = sample_schedules("adamw", 3, np.random.default_rng(1))
+    losses = final_losses(TASK, schedules, seed=0)
+    assert losses.shape == (3,)
+    assert len(set(losses)) == 3
+    np.testing.assert_array_equal(losses, final_losses(TASK, schedules, seed=0))
+    np.testing.assert_allclose(losses[:2], final_losses(TASK, schedules[:2], seed=0), rtol=1e-4)
+    assert np.isfinite(losses).all()
+    assert (losses < 3 * roll_out(TASK, stay, [0]).val_loss[0, 0]).all()
+
+
+def test_calibrate_is_deterministic() -> None:
+    lines: list[str] = []
+    schedule, figures = search(report=lines.append)
+    assert search() == (schedule, figures)
+    assert search(seed=1)[0] != schedule
+    assert schedule in sample_schedules("adamw", 6, np.random.default_rng(0))
+    assert 0 <= figures["mean_regret"] <= REGRET_CAP
+    assert figures["configurations"] == 6
+    assert figures["tasks"] == 6
+    assert len(lines) == 2 + 4
+    assert lines[-1].startswith("adamw: round 2, task 4 of 4 (")
+
+
+def test_calibrate_trains_with_the_optimizer_that_was_asked_for() -> None:
+    schedule, _ = search("sgd")
+    assert schedule in sample_schedules("sgd", 6, np.random.default_rng(0))
+
+
+def test_calibrate_prefers_what_learns() -> None:
+    """The winner of many beats the median of the first round."""
+    _, figures = search(configurations=24, finalists=4, tasks=3)
+    assert figures["mean_regret"] < figures["median_configuration_regret"] < REGRET_CAP

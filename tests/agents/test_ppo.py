@@ -1,0 +1,306 @@
+"""Meta-training: it learns, it leaves what it says, two runs are equal, and it goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+
+from agents.policy import OBSERVATION_CLIP, ControlPolicy, PolicyHeader
+from agents.ppo import HIDDEN, MetaTrainingConfig, Progress, _build, export, meta_train
+from agents.rollouts import _PolicyDecision
+from agents.vec_env import CohortVecEnv
+from inner_models.models import ModelSpec
+from inner_models.tasks import Task
+from tests.agents.test_vec_env import TINY
+
+Array = NDArray[np.float32]
+
+
+# -- a problem whose solution is known ---------------------------------------------------------------------------------
+
+
+class Quadratics(VecEnv):
+    """Gradient descent on f(x) = h x^2 / 2, each run with a curvature h of its own, which is seen as log h / SPAN.
+
+    The learning rate is exp(offset); the first action moves the offset by up to SPAN, later ones by up to 1. One step
+    multiplies x by 1 - lr h, so the best there is, is to jump to lr = 1 / h (the action -log h / SPAN) and to stay
+    there. The reward is the fall of log(x^2 + FLOOR), with x^2 capped.
+    """
+
+    SPAN, HORIZON, FLOOR, CAP = 2.5, 4, 1e-2, 10.0
+    BEST = float(np.log((1 + FLOOR) / FLOOR))
+
+    def __init__(self, runs: int, seed: int) -> None:
+        box = spaces.Box(-1.0, 1.0, (2,), np.float32)
+        super().__init__(runs, box, spaces.Box(-1.0, 1.0, (1,), np.float32))
+        self._rng = np.random.default_rng(seed)
+
+    def reset(self) -> Array:
+        self._time = 0
+        self._log_h = self._rng.uniform(-self.SPAN, self.SPAN, self.num_envs)
+        self._offset, self._x = np.zeros(self.num_envs), np.ones(self.num_envs)
+        return self._observe()
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        self._actions = actions[:, 0]
+
+    def step_wait(self) -> tuple[Array, Array, NDArray[np.bool_], list[dict[str, Any]]]:
+        before = np.log(self._x**2 + self.FLOOR)
+        self._offset += np.clip(self._actions, -1, 1) * (1.0 if self._time else self.SPAN)
+        factor = 1 - np.exp(np.minimum(self._offset + self._log_h, 5.0))
+        self._x = np.minimum(np.abs(self._x * factor), self.CAP)
+        self._time += 1
+        rewards = (before - np.log(self._x**2 + self.FLOOR)).astype(np.float32)
+        done = self._time == self.HORIZON
+        infos = [{"terminal_observation": row} for row in self._observe()] if done else [{}] * self.num_envs
+        observations = self.reset() if done else self._observe()
+        return observations, rewards, np.full(self.num_envs, done), infos
+
+    def _observe(self) -> Array:
+        progress = np.full(self.num_envs, self._time / self.HORIZON)
+        return np.stack([self._log_h / self.SPAN, progress], axis=1).astype(np.float32)
+
+    def close(self) -> None:
+        pass
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [None] * self.num_envs
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise NotImplementedError
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        raise NotImplementedError
+
+    def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
+        return [False] * self.num_envs
+
+
+def share_of_best(decide: Callable[[Array], NDArray[Any]]) -> float:
+    """Mean return over 256 runs, over the best possible."""
+    env = Quadratics(256, seed=1000)
+    observations, total = env.reset(), np.zeros(env.num_envs)
+    for _ in range(env.HORIZON):
+        env.step_async(decide(observations))
+        observations, rewards, _, _ = env.step_wait()
+        total += rewards
+    return float(total.mean()) / env.BEST
+
+
+TOY = MetaTrainingConfig(
+    timesteps=8192, cohorts=4, replicas=16, rollout_steps=8, validate_every=1, validation_seeds=1, minibatch=128,
+    learning_rate=2e-3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_learning_is_real(seed: int) -> None:
+    rng = np.random.default_rng(0)
+    assert share_of_best(lambda seen: np.where(seen[:, 1:] == 0, -seen[:, :1], 0.0)) == pytest.approx(1.0)
+    assert share_of_best(lambda seen: np.zeros((len(seen), 1))) < 0.3
+    assert share_of_best(lambda seen: rng.uniform(-1, 1, (len(seen), 1))) < 0.3
+
+    set_random_seed(seed)
+    env = VecNormalize(Quadratics(TOY.cohorts * TOY.replicas, seed), norm_reward=False, clip_obs=OBSERVATION_CLIP)
+    model = _build(TOY, env, seed)
+    header = PolicyHeader(hidden=HIDDEN, base_schedules={}, features=("curvature", "progress"), controls=("lr",))
+    shares = []
+    for timesteps in (0, TOY.timesteps):
+        model.learn(timesteps)
+        policy = export(model, env, header)
+        shares.append(share_of_best(_PolicyDecision(policy)))
+    assert shares[0] < 0.3
+    assert shares[1] > 0.9
+
+
+# -- the real thing, tiny ----------------------------------------------------------------------------------------------
+
+MLP = ModelSpec("mlp", 8, 1)
+CONFIG = MetaTrainingConfig(
+    timesteps=256, cohorts=2, replicas=8, rollout_steps=4, validate_every=128, validation_seeds=2, epochs=2,
+    minibatch=32, learning_rate=1e-2, workers=0, tasks=TINY,
+    validation=(
+        Task("digits", MLP, horizon=3, interval_examples=64, train_rows=64, eval_rows=64),
+        Task("wine", MLP, horizon=3, interval_examples=48, train_rows=64),
+    ),
+)  # fmt: skip
+ROLLOUT = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _event_files_in_order() -> Iterator[None]:
+    """TensorBoard reads files by name: second, process, number. Numbers of three digits keep this module's in order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
+        yield
+
+
+def tags(out: Path) -> dict[str, list[int]]:
+    """Every scalar tag's steps, as TensorBoard shows them."""
+    events = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def repeated(steps: dict[str, list[int]]) -> list[str]:
+    """Tags whose steps do not increase strictly; PPO's own have a test to themselves."""
+    return [tag for tag, values in steps.items() if values != sorted(set(values)) and not tag.startswith("train/")]
+
+
+def checkpoint(out: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
+    return loaded
+
+
+def weights(states: Iterable[torch.Tensor]) -> list[list[float]]:
+    return [state.flatten().tolist() for state in states]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ControlPolicy, list[Progress]]:
+    out = tmp_path_factory.mktemp("run")
+    reports: list[Progress] = []
+    policy = meta_train(CONFIG, out, seed=3, provenance={"preset": "tiny"}, report=reports.append)
+    return out, policy, reports
+
+
+def test_what_a_run_leaves(finished: tuple[Path, ControlPolicy, list[Progress]]) -> None:
+    out, policy, reports = finished
+    assert {"policy.safetensors", "config.json", "checkpoint.pt", "tensorboard"} == {p.name for p in out.iterdir()}
+    config = json.loads((out / "config.json").read_text())
+    assert (config["timesteps"], config["seed"], config["device"]) == (256, 3, "cpu")
+    assert ControlPolicy.load(out / "policy.safetensors").header == policy.header
+    assert checkpoint(out)["timesteps"] == 256
+
+    assert {report.timesteps for report in reports} == set(range(0, 257, 16))
+    scores = [report.score for report in reports if report.score is not None]
+    assert [report.timesteps for report in reports if report.score] == [0, 128, 256]
+    best = max(scores, key=lambda score: score.mean_log_ratio)
+    assert policy.header.scores["mean_log_ratio"] == best.mean_log_ratio
+    assert policy.header.scores["log_ratios"] == best.log_ratios
+    assert policy.header.training["preset"] == "tiny"
+    assert policy.header.training["datasets"] == ["digits", "wine"]
+
+
+def test_curves(finished: tuple[Path, ControlPolicy, list[Progress]]) -> None:
+    steps = tags(finished[0])
+    assert steps["meta_validation/return"] == steps["meta_validation/log_ratio_to_calibrated"] == [0, 128, 256]
+    for tag in ("control/lr_mean", "rollout/ep_rew_mean", "inner/final_val_loss"):
+        assert steps[tag] == [64, 128, 192, 256], tag
+    assert repeated(steps) == []
+
+
+def test_curves_of_updates(finished: tuple[Path, ControlPolicy, list[Progress]]) -> None:
+    assert tags(finished[0])["train/loss"] == [64, 128, 192, 256]
+
+
+def test_equal_seeds_give_equal_policies(finished: tuple[Path, ControlPolicy, list[Progress]], tmp_path: Path) -> None:
+    out, policy, _ = finished
+    again = meta_train(CONFIG, tmp_path / "again", seed=3)
+    assert weights(again.state_dict().values()) == weights(policy.state_dict().values())
+    assert again.header.scores == policy.header.scores
+    last = weights(checkpoint(out)["policy"].values())
+    assert weights(checkpoint(tmp_path / "again")["policy"].values()) == last
+    meta_train(CONFIG, tmp_path / "other", seed=4)
+    assert weights(checkpoint(tmp_path / "other")["policy"].values()) != last
+
+
+def interrupt_at(timesteps: int, *, after_validation: bool = False) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        if progress.timesteps >= timesteps and (progress.score is not None) == after_validation:
+            raise KeyboardInterrupt
+
+    return report
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "after_validation", "kept"), [(112, False, 64), (128, True, 64), (160, False, 128), (256, True, 192)]
+)
+def test_resumed(tmp_path: Path, timesteps: int, after_validation: bool, kept: int) -> None:
+    """Interrupted in a rollout, or right after a meta-validation, before its checkpoint."""
+    with pytest.raises(KeyboardInterrupt):
+        meta_train(CONFIG, tmp_path, seed=3, report=interrupt_at(timesteps, after_validation=after_validation))
+    before = checkpoint(tmp_path)
+    assert before["timesteps"] == kept
+    reports: list[Progress] = []
+    meta_train(CONFIG, tmp_path, seed=3, resume=True, report=reports.append)
+    assert reports[0].timesteps == kept + 16
+    assert reports[-1].timesteps == CONFIG.timesteps
+    after = checkpoint(tmp_path)
+    assert after["timesteps"] == CONFIG.timesteps
+    assert after["updates"] == CONFIG.timesteps // ROLLOUT * CONFIG.epochs
+    history = after["callback"]["history"]
+    assert [entry["timesteps"] for entry in history] == [0, 128, 256]
+    assert history[: len(before["callback"]["history"])] == before["callback"]["history"]
+    assert after["callback"]["best"] == max(entry["log_ratio_to_calibrated"] for entry in history)
+    steps = tags(tmp_path)
+    assert repeated(steps) == []
+    assert steps["rollout/ep_rew_mean"] == [64, 128, 192, 256]
+    assert steps["meta_validation/return"] == [0, 128, 256]
+
+
+def test_a_checkpoint_restores_the_model(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        meta_train(CONFIG, tmp_path, seed=3, report=interrupt_at(208))
+    before = checkpoint(tmp_path)
+    meta_train(replace(CONFIG, learning_rate=0.0), tmp_path, seed=3, resume=True)
+    after = checkpoint(tmp_path)
+    assert weights(after["policy"].values()) == weights(before["policy"].values())
+    assert after["normalizer"]["count"] == before["normalizer"]["count"] + (ROLLOUT + 16)  # and the reset's 16
+    first, last = before["optimizer"]["state"][0]["step"], after["optimizer"]["state"][0]["step"]
+    assert last == first + CONFIG.epochs * ROLLOUT // CONFIG.minibatch
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    finished: tuple[Path, ControlPolicy, list[Progress]], tmp_path: Path
+) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    policy = meta_train(CONFIG, out, seed=3, resume=True)
+    assert policy.header == finished[1].header
+    assert (out / "policy.safetensors").read_bytes() == (finished[0] / "policy.safetensors").read_bytes()
+    assert repeated(tags(out)) == []
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        meta_train(CONFIG, tmp_path / "new", resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        meta_train(CONFIG, tmp_path / "early", report=interrupt_at(16))
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        meta_train(CONFIG, tmp_path / "early", resume=True)
+
+
+def test_export_equals_the_trained_policy() -> None:
+    set_random_seed(0)
+    env = VecNormalize(CohortVecEnv(TINY, cohorts=2, replicas=8), norm_reward=False, clip_obs=OBSERVATION_CLIP)
+    model = _build(CONFIG, env, 0)
+    model.learn(2 * ROLLOUT)
+    env.training = False  # the statistics stay as they are exported
+    policy = export(model, env, PolicyHeader(hidden=HIDDEN, base_schedules={}))
+    assert not policy.training
+    env.reset()
+    observations = []
+    for _ in range(8):
+        env.step(np.stack([env.action_space.sample() for _ in range(env.num_envs)]))
+        observations.append(env.get_original_obs())
+    seen = np.concatenate([*observations, 50 * np.asarray(observations[0])]).astype(np.float32)  # some beyond the clip
+    expected, _ = model.predict(env.normalize_obs(seen), deterministic=True)
+    found, _ = policy.act(seen)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(found).max() > 0.01
+    assert (policy.std != 1).any()

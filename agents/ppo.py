@@ -180,6 +180,12 @@ def meta_train(
     return ControlPolicy.load(out / POLICY_FILE)
 
 
+def validation_history(out: Path) -> list[dict[str, float]]:
+    """Every meta-validation of the run in `out`, those before a resume included: timesteps, return, log ratio."""
+    history: list[dict[str, float]] = _read_checkpoint(out / CHECKPOINT_FILE)["callback"]["history"]
+    return history
+
+
 def _build(config: MetaTrainingConfig, env: VecEnv, seed: int) -> PPO:
     return PPO(
         "MlpPolicy",

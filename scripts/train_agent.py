@@ -10,7 +10,7 @@ from pathlib import Path
 
 from agents.files import CONFIG_FILE
 from agents.policy import ControlPolicy
-from agents.ppo import CHECKPOINT_FILE, POLICY_FILE, PRESETS, Progress, effective_config, meta_train
+from agents.ppo import CHECKPOINT_FILE, POLICY_FILE, PRESETS, Progress, effective_config, meta_train, validation_history
 from scripts.common import (
     check_device,
     check_out,
@@ -48,7 +48,6 @@ def main(config: Config) -> None:
         _check_same_run(config)
     else:
         check_out(config.out)
-    history: list[dict[str, float]] = []
     started = time.monotonic()
     with progress_bar(f"meta-training ({config.preset})", preset.timesteps) as update:
         remark = ""
@@ -58,7 +57,6 @@ def main(config: Config) -> None:
             if progress.score:
                 ratio, value = progress.score.mean_log_ratio, progress.score.mean_return
                 remark = f"meta-validation return {value:.3f}, log ratio to calibrated {ratio:+.4f}"
-                history.append({"timesteps": progress.timesteps, "return": value, "log_ratio_to_calibrated": ratio})
             update(progress.timesteps, remark)
 
         try:
@@ -75,6 +73,7 @@ def main(config: Config) -> None:
             kept = (config.out / CHECKPOINT_FILE).exists()
             print(f"interrupted; {'go on with --resume' if kept else 'no checkpoint yet'}", file=sys.stderr)
             raise SystemExit(130) from None
+    history = validation_history(config.out)
     _print_result(config, policy, history, time.monotonic() - started)
     if config.json:
         write_json(config.json, {"history": history, "scores": policy.header.scores})
@@ -100,8 +99,8 @@ def _check_same_run(config: Config) -> None:
 def _print_result(config: Config, policy: ControlPolicy, history: list[dict[str, float]], seconds: float) -> None:
     scores = policy.header.scores
     console.print(
-        f"policy: {config.out / POLICY_FILE} (best of {len(history)} meta-validations here, after "
-        f"{scores['timesteps']:,} decisions; {seconds:.0f} s in all)"
+        f"policy: {config.out / POLICY_FILE} (best of {len(history)} meta-validations, after "
+        f"{scores['timesteps']:,} decisions; {seconds:.0f} s)"
     )
     console.print(
         f"meta-validation return: {history[0]['return']:.3f} at the beginning, {history[-1]['return']:.3f} at the end, "

@@ -116,6 +116,9 @@ class Tuner:
                 f"this policy needs {' and '.join(missing)} at every step, which this run does not give "
                 f"(signals={tuple(signals)}); use a policy trained without"
             )
+        low, high = policy.header.trained_ranges.get("horizon", (1, math.inf))
+        if not low <= total_epochs <= high:
+            _log.warning("this policy was trained on runs of %g to %g epochs, not %d", low, high, total_epochs)
         self.policy, self.total_epochs = policy, total_epochs
         self._required = policy.header.required_signals
         self._optimizer, self._model, self._writer = optimizer, model, writer

@@ -90,7 +90,7 @@ class CohortEnv:
 
     def __init__(self, tasks: TaskDistribution, cohorts: int, replicas: int, variation: Variation, device: str) -> None:
         self.env = HPOVectorEnv(cohorts * replicas, tasks=tasks, cohorts=cohorts, variation=variation, device=device)
-        self._cohorts, self._replicas = cohorts, replicas
+        self._cohorts = cohorts
         self._relative = RelativeRewards(cohorts)
 
     def reset(self, seed: int) -> NDArray[np.float32]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Literal
 
 import numpy as np
@@ -110,10 +109,6 @@ class Training:
         self.model.eval()
         chunks = zip(torch.split(rows.inputs, 4096), torch.split(rows.targets, 4096), strict=True)
         return sum(self._losses(x, y).sum().item() for x, y in chunks) / rows.targets.numel()
-
-    def snapshot(self) -> dict[str, object]:
-        """Copies of the model's and the optimizer's state."""
-        return copy.deepcopy({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         inputs, targets = inputs.to(self._device), targets.to(self._device)

@@ -13,7 +13,7 @@ from agents.rollouts import roll_out, stay
 from hpo_env.actions import BaseSchedule
 from hpo_env.hyperparameters import CONTROLS
 from inner_models.tasks import OptimizerName, Task
-from tests.agents.test_vec_env import TINY
+from tests.tiny import TINY
 
 TASK = Task.named("digits/mlp", horizon=3, interval_examples=64, train_rows=96, eval_rows=64)
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import agents.policy as policy_module
 from agents import ControlPolicy, PolicyError
 from agents.policy import FORMAT, PolicyHeader
-from tests.agents.conftest import random_policy
+from tests.tiny import random_policy
 
 OBSERVATIONS = np.random.default_rng(0).uniform(-2, 2, (32, len(PolicyHeader(hidden=(), base_schedules={}).features)))
 

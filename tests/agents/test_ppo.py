@@ -23,9 +23,7 @@ from agents.policy import OBSERVATION_CLIP, ControlPolicy, PolicyHeader
 from agents.ppo import HIDDEN, MetaTrainingConfig, Progress, _build, export, meta_train
 from agents.rollouts import _PolicyDecision
 from agents.vec_env import CohortVecEnv
-from inner_models.models import ModelSpec
-from inner_models.tasks import Task
-from tests.agents.test_vec_env import TINY
+from tests.tiny import TINY, TINY_CONFIG
 
 Array = NDArray[np.float32]
 
@@ -129,15 +127,6 @@ def test_learning_is_real(seed: int) -> None:
 
 # -- the real thing, tiny ----------------------------------------------------------------------------------------------
 
-MLP = ModelSpec("mlp", 8, 1)
-CONFIG = MetaTrainingConfig(
-    timesteps=256, cohorts=2, replicas=8, rollout_steps=4, validate_every=128, validation_seeds=2, epochs=2,
-    minibatch=32, learning_rate=1e-2, workers=0, tasks=TINY,
-    validation=(
-        Task("digits", MLP, horizon=3, interval_examples=64, train_rows=64, eval_rows=64),
-        Task("wine", MLP, horizon=3, interval_examples=48, train_rows=64),
-    ),
-)  # fmt: skip
 ROLLOUT = 64
 
 
@@ -174,7 +163,7 @@ def weights(states: Iterable[torch.Tensor]) -> list[list[float]]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ControlPolicy, list[Progress]]:
     out = tmp_path_factory.mktemp("run")
     reports: list[Progress] = []
-    policy = meta_train(CONFIG, out, seed=3, provenance={"preset": "tiny"}, report=reports.append)
+    policy = meta_train(TINY_CONFIG, out, seed=3, provenance={"preset": "tiny"}, report=reports.append)
     return out, policy, reports
 
 
@@ -210,12 +199,12 @@ def test_curves_of_updates(finished: tuple[Path, ControlPolicy, list[Progress]])
 
 def test_equal_seeds_give_equal_policies(finished: tuple[Path, ControlPolicy, list[Progress]], tmp_path: Path) -> None:
     out, policy, _ = finished
-    again = meta_train(CONFIG, tmp_path / "again", seed=3)
+    again = meta_train(TINY_CONFIG, tmp_path / "again", seed=3)
     assert weights(again.state_dict().values()) == weights(policy.state_dict().values())
     assert again.header.scores == policy.header.scores
     last = weights(checkpoint(out)["policy"].values())
     assert weights(checkpoint(tmp_path / "again")["policy"].values()) == last
-    meta_train(CONFIG, tmp_path / "other", seed=4)
+    meta_train(TINY_CONFIG, tmp_path / "other", seed=4)
     assert weights(checkpoint(tmp_path / "other")["policy"].values()) != last
 
 
@@ -233,16 +222,16 @@ def interrupt_at(timesteps: int, *, after_validation: bool = False) -> Callable[
 def test_resumed(tmp_path: Path, timesteps: int, after_validation: bool, kept: int) -> None:
     """Interrupted in a rollout, or right after a meta-validation, before its checkpoint."""
     with pytest.raises(KeyboardInterrupt):
-        meta_train(CONFIG, tmp_path, seed=3, report=interrupt_at(timesteps, after_validation=after_validation))
+        meta_train(TINY_CONFIG, tmp_path, seed=3, report=interrupt_at(timesteps, after_validation=after_validation))
     before = checkpoint(tmp_path)
     assert before["timesteps"] == kept
     reports: list[Progress] = []
-    meta_train(CONFIG, tmp_path, seed=3, resume=True, report=reports.append)
+    meta_train(TINY_CONFIG, tmp_path, seed=3, resume=True, report=reports.append)
     assert reports[0].timesteps == kept + 16
-    assert reports[-1].timesteps == CONFIG.timesteps
+    assert reports[-1].timesteps == TINY_CONFIG.timesteps
     after = checkpoint(tmp_path)
-    assert after["timesteps"] == CONFIG.timesteps
-    assert after["updates"] == CONFIG.timesteps // ROLLOUT * CONFIG.epochs
+    assert after["timesteps"] == TINY_CONFIG.timesteps
+    assert after["updates"] == TINY_CONFIG.timesteps // ROLLOUT * TINY_CONFIG.epochs
     history = after["callback"]["history"]
     assert [entry["timesteps"] for entry in history] == [0, 128, 256]
     assert history[: len(before["callback"]["history"])] == before["callback"]["history"]
@@ -255,14 +244,14 @@ def test_resumed(tmp_path: Path, timesteps: int, after_validation: bool, kept: i
 
 def test_a_checkpoint_restores_the_model(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        meta_train(CONFIG, tmp_path, seed=3, report=interrupt_at(208))
+        meta_train(TINY_CONFIG, tmp_path, seed=3, report=interrupt_at(208))
     before = checkpoint(tmp_path)
-    meta_train(replace(CONFIG, learning_rate=0.0), tmp_path, seed=3, resume=True)
+    meta_train(replace(TINY_CONFIG, learning_rate=0.0), tmp_path, seed=3, resume=True)
     after = checkpoint(tmp_path)
     assert weights(after["policy"].values()) == weights(before["policy"].values())
     assert after["normalizer"]["count"] == before["normalizer"]["count"] + (ROLLOUT + 16)  # and the reset's 16
     first, last = before["optimizer"]["state"][0]["step"], after["optimizer"]["state"][0]["step"]
-    assert last == first + CONFIG.epochs * ROLLOUT // CONFIG.minibatch
+    assert last == first + TINY_CONFIG.epochs * ROLLOUT // TINY_CONFIG.minibatch
 
 
 def test_resuming_a_finished_run_changes_nothing(
@@ -270,7 +259,7 @@ def test_resuming_a_finished_run_changes_nothing(
 ) -> None:
     out = tmp_path / "copy"
     shutil.copytree(finished[0], out)
-    policy = meta_train(CONFIG, out, seed=3, resume=True)
+    policy = meta_train(TINY_CONFIG, out, seed=3, resume=True)
     assert policy.header == finished[1].header
     assert (out / "policy.safetensors").read_bytes() == (finished[0] / "policy.safetensors").read_bytes()
     assert repeated(tags(out)) == []
@@ -278,17 +267,17 @@ def test_resuming_a_finished_run_changes_nothing(
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        meta_train(CONFIG, tmp_path / "new", resume=True)
+        meta_train(TINY_CONFIG, tmp_path / "new", resume=True)
     with pytest.raises(KeyboardInterrupt):
-        meta_train(CONFIG, tmp_path / "early", report=interrupt_at(16))
+        meta_train(TINY_CONFIG, tmp_path / "early", report=interrupt_at(16))
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        meta_train(CONFIG, tmp_path / "early", resume=True)
+        meta_train(TINY_CONFIG, tmp_path / "early", resume=True)
 
 
 def test_export_equals_the_trained_policy() -> None:
     set_random_seed(0)
     env = VecNormalize(CohortVecEnv(TINY, cohorts=2, replicas=8), norm_reward=False, clip_obs=OBSERVATION_CLIP)
-    model = _build(CONFIG, env, 0)
+    model = _build(TINY_CONFIG, env, 0)
     model.learn(2 * ROLLOUT)
     env.training = False  # the statistics stay as they are exported
     policy = export(model, env, PolicyHeader(hidden=HIDDEN, base_schedules={}))

@@ -13,7 +13,7 @@ from hpo_env.actions import BaseSchedule, calibrated
 from hpo_env.hyperparameters import CONTROLS, Array
 from hpo_env.rewards import FLOOR
 from inner_models.tasks import Task
-from tests.agents.conftest import random_policy
+from tests.tiny import random_policy
 
 TASK = Task.named("digits/mlp", horizon=4, interval_examples=64, train_rows=96, eval_rows=64)
 OTHER = Task.named("wine/mlp", horizon=3, interval_examples=48, train_rows=64, optimizer="sgd")

@@ -26,7 +26,7 @@ from agents.tuner import PRETRAINED
 from hpo_env.hyperparameters import CONTROLS
 from hpo_env.observations import HIGH, LOW
 from inner_models.datasets import load_dataset
-from tests.agents.conftest import random_policy
+from tests.tiny import random_policy
 
 EPOCHS = 6
 ROWS = 192

@@ -14,7 +14,7 @@ from hpo_env.env import draw_episode
 from inner_models.models import Dropout, build_model
 from inner_models.tasks import OptimizerName, Task, prepare
 from inner_models.training import Streams
-from tests.agents.conftest import random_policy
+from tests.tiny import random_policy
 
 
 def environment_run(

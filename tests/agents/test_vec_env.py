@@ -17,18 +17,7 @@ from agents.vec_env import CohortVecEnv, RelativeRewards, Step
 from hpo_env.env import Variation
 from hpo_env.hyperparameters import CONTROLS
 from inner_models.tasks import TaskDistribution
-
-TINY = TaskDistribution(
-    entries=(("digits", ("mlp",)), ("wine", ("mlp",))),
-    widths=(8, 8),
-    depths=(1, 1),
-    optimizers=("adamw",),
-    horizons=(3, 5),
-    interval_examples=(32, 64),
-    train_rows=(64, 96),
-    eval_rows=128,
-)
-"""Tasks of a few milliseconds."""
+from tests.tiny import TINY
 
 
 def make_env(tasks: TaskDistribution = TINY, **arguments: Any) -> CohortVecEnv:

@@ -6,7 +6,8 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,13 +16,15 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from agents.policy import ControlPolicy
+from agents.ppo import PRESETS, validation_history
 from hpo_env.hyperparameters import CONTROLS
 from inner_models import datasets
 from inner_models.tasks import prepare
 from scripts import apply_policy, calibrate, evaluate, train_agent
 from scripts.common import run_main
 from scripts.examples import plain_pytorch
-from tests.agents.conftest import random_policy
+from tests.tiny import TINY_CONFIG, random_policy
 
 Door = Callable[..., str]
 
@@ -190,3 +193,40 @@ def test_evaluate_leaves_figures(door: Door, policy: Path, tmp_path: Path) -> No
     expected = np.mean(np.log(figures["cosine"]["test"]) - np.log(figures["policy"]["test"]))
     assert figures["cosine"]["test_log_ratio"]["mean"] == pytest.approx(expected)
     one_line(door(evaluate, "--policy", policy, "--seeds", 1, status=2), "seeds", "1")
+
+
+def test_train_agent_leaves_a_policy_and_its_history(
+    door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(PRESETS, "smoke", TINY_CONFIG)
+    out, history_file = tmp_path / "out", tmp_path / "history.json"
+    arguments = ["--preset", "smoke", "--out", out, "--json", history_file]
+    door(train_agent, *arguments)
+    history = json.loads(history_file.read_text())["history"]
+    assert [entry["timesteps"] for entry in history] == [0, 128, 256]
+    header = ControlPolicy.load(out / "policy.safetensors").header
+    assert header.training["command"] == "python scripts/train_agent.py --preset smoke --seed 0 --device cpu --out out"
+    assert header.scores["mean_log_ratio"] == max(entry["log_ratio_to_calibrated"] for entry in history)
+    one_line(door(train_agent, *arguments, status=2), "already holds a run")
+    door(train_agent, *arguments, "--resume")
+    assert json.loads(history_file.read_text())["history"] == history
+    one_line(door(train_agent, *arguments, "--resume", "--seed", 1, status=2), "other settings")
+
+
+def test_train_agent_interrupted_and_resumed(door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "smoke", TINY_CONFIG)
+    arguments = ["--preset", "smoke", "--out", tmp_path / "out"]
+
+    @contextmanager
+    def impatient(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        def update(done: int, remark: str) -> None:
+            if done > 150:
+                raise KeyboardInterrupt
+
+        yield update
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_agent, "progress_bar", impatient)
+        assert "go on with --resume" in door(train_agent, *arguments, status=130)
+    door(train_agent, *arguments, "--resume")
+    assert [entry["timesteps"] for entry in validation_history(tmp_path / "out")] == [0, 128, 256]

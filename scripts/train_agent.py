@@ -10,7 +10,8 @@ from pathlib import Path
 
 from agents.files import CONFIG_FILE
 from agents.policy import ControlPolicy
-from agents.ppo import CHECKPOINT_FILE, POLICY_FILE, PRESETS, Progress, effective_config, meta_train, validation_history
+from agents.ppo import CHECKPOINT_FILE, POLICY_FILE, Progress, meta_train, validation_history
+from agents.presets import PRESETS, effective_config
 from scripts.common import (
     check_device,
     check_out,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from agents.policy import ControlPolicy, PolicyHeader
-from agents.ppo import MetaTrainingConfig
+from agents.presets import MetaTrainingConfig
 from hpo_env.actions import calibrated
 from inner_models.models import ModelSpec
 from inner_models.tasks import Task, TaskDistribution

@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from agents.policy import OBSERVATION_CLIP, ControlPolicy, PolicyHeader
-from agents.ppo import HIDDEN, MetaTrainingConfig, Progress, _build, export, meta_train
+from agents.ppo import HIDDEN, Progress, _build, export, meta_train
+from agents.presets import MetaTrainingConfig
 from agents.rollouts import _PolicyDecision
 from agents.vec_env import CohortVecEnv
 from tests.tiny import TINY, TINY_CONFIG

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from agents.ppo import PRESETS, Progress, meta_train
+from agents.ppo import Progress, meta_train
+from agents.presets import PRESETS
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -17,7 +17,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.policy import ControlPolicy
-from agents.ppo import PRESETS, validation_history
+from agents.ppo import validation_history
+from agents.presets import PRESETS
 from hpo_env.hyperparameters import CONTROLS
 from inner_models import datasets
 from inner_models.tasks import prepare

@@ -1,0 +1,69 @@
+"""Settings of a meta-training, and the presets of `scripts/train_agent.py`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hpo_env.env import Variation
+from inner_models.splits import META_TRAIN, META_TRAIN_SMALL, META_VALIDATION, META_VALIDATION_SMALL
+from inner_models.tasks import Task, TaskDistribution
+
+
+@dataclass(frozen=True)
+class MetaTrainingConfig:
+    """A meta-training run.
+
+    Attributes:
+        timesteps: decisions in all, rounded up to whole rollouts.
+        cohorts: tasks under way at a time.
+        replicas: runs of each task.
+        rollout_steps: decisions of each run between two PPO updates.
+        epochs, minibatch, learning_rate, gae_lambda, clip, entropy, log_std: PPO's settings; the discount is 1.
+        validate_every: decisions between two meta-validations.
+        validation_seeds: runs of each meta-validation task.
+        workers: processes that train inner models on the CPU.
+        variation: what episodes draw besides their task.
+        tasks, validation: where the tasks come from.
+    """
+
+    timesteps: int
+    cohorts: int
+    replicas: int
+    rollout_steps: int
+    validate_every: int
+    validation_seeds: int
+    epochs: int = 6
+    minibatch: int = 1024
+    learning_rate: float = 3e-4
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    entropy: float = 0.0
+    log_std: float = -1.0
+    workers: int = 2
+    variation: Variation = field(default_factory=Variation)
+    tasks: TaskDistribution = META_TRAIN
+    validation: tuple[Task, ...] = META_VALIDATION
+
+
+PRESETS: dict[str, MetaTrainingConfig] = {
+    "smoke": MetaTrainingConfig(
+        timesteps=24_576, cohorts=8, replicas=16, rollout_steps=16, validate_every=8_192, validation_seeds=8,
+        minibatch=512, learning_rate=1e-3, tasks=META_TRAIN_SMALL, validation=META_VALIDATION_SMALL,
+    ),
+    "demo": MetaTrainingConfig(
+        timesteps=81_920, cohorts=8, replicas=16, rollout_steps=16, validate_every=16_384, validation_seeds=8,
+        minibatch=512, learning_rate=1e-3, tasks=META_TRAIN_SMALL, validation=META_VALIDATION_SMALL,
+    ),
+    "default": MetaTrainingConfig(
+        timesteps=645_120, cohorts=12, replicas=16, rollout_steps=32, validate_every=43_008, validation_seeds=8,
+        epochs=8, minibatch=768, learning_rate=4e-4,
+        variation=Variation(mask_probability=0.1, start_probability=0.2, blind_probability=0.3),
+    ),
+}  # fmt: skip
+"""`smoke`: about a minute on 2 cores, to see that all works. `demo`: a few minutes. `default`: about an hour."""
+
+
+def effective_config(config: MetaTrainingConfig, seed: int, device: str) -> dict[str, Any]:
+    """All settings of a meta-training, as they are written into its folder."""
+    return {"seed": seed, "device": device, **asdict(config)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import pickle
@@ -20,6 +21,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam, TensorBoardOutputFormat, configure
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 from hpo_env.actions import calibrated
@@ -37,9 +39,9 @@ POLICY_FILE, CHECKPOINT_FILE = "policy.safetensors", "checkpoint.pt"
 
 CURVES = {
     "meta_validation/log_ratio_to_calibrated": "ln(final validation loss of the calibrated schedule / of the policy), "
-    "mean over meta-validation tasks and seeds; above 0 the policy is better. Checkpoints are chosen by it.",
+    "interquartile mean over meta-validation tasks x seeds; above 0 the policy is better. It chooses the checkpoint.",
     "meta_validation/return": "fall of ln(validation loss) over a run, mean over meta-validation tasks and seeds",
-    "meta_validation_log_ratio/*": "the first of these, task by task",
+    "meta_validation_log_ratio/*": "the same task by task, mean over seeds",
     "inner/final_val_loss": "validation loss at the end of the inner trainings that ended in this rollout, mean",
     "inner/diverged_share": "share of them that diverged",
     "control/*_mean": "value that the policy gave the control, geometric mean over inner trainings",
@@ -133,7 +135,7 @@ def _build(config: MetaTrainingConfig, env: VecEnv, seed: int) -> PPO:
         n_steps=config.rollout_steps,
         batch_size=config.minibatch,
         n_epochs=config.epochs,
-        learning_rate=config.learning_rate,
+        learning_rate=lambda remaining: remaining * config.learning_rate,
         gamma=1.0,
         gae_lambda=config.gae_lambda,
         clip_range=config.clip,
@@ -184,22 +186,32 @@ class _Callback(BaseCallback):
         self.seconds = 0.0
         self._last_validation = 0
         self._resumed = False
+        mean = get_ema_multi_avg_fn(config.averaging)  # type: ignore[no-untyped-call]
+        self._averaged = AveragedModel(ControlPolicy(self._header({})), multi_avg_fn=mean)
 
     def restore(self, state: dict[str, Any]) -> None:
+        self._averaged.load_state_dict(state["averaged"])
         self.history, self.best, self.seconds = state["history"], state["best"], state["seconds"]
         self._last_validation, self._resumed = state["last_validation"], True
 
     def state(self) -> dict[str, Any]:
         return {
+            "averaged": self._averaged.state_dict(),
             "history": self.history,
             "best": float(self.best),
             "seconds": self.seconds,
             "last_validation": self._last_validation,
         }
 
+    def _average(self) -> None:
+        """Take the model's present policy into the running average, which is what is scored and saved."""
+        self._averaged.update_parameters(export(self.model, self._env, self._header({})))
+
     def _on_training_start(self) -> None:
         self._clock = time.monotonic()
+        self._start = self.num_timesteps
         if not self._resumed:
+            self._average()
             self._explain_curves()
             self._meta_validate()
 
@@ -207,6 +219,8 @@ class _Callback(BaseCallback):
         now = time.monotonic()
         self.seconds, self._clock = self.seconds + now - self._clock, now
         self.logger.dump(self.num_timesteps)  # of the update just done; else a later step would get it, or two would
+        if self.num_timesteps > self._start:
+            self._average()
         if self.num_timesteps - self._last_validation >= self.config.validate_every:
             self._meta_validate()
         if self.num_timesteps:
@@ -224,6 +238,7 @@ class _Callback(BaseCallback):
 
     def finish(self) -> None:
         """Score the last policy and log the run's hyperparameters."""
+        self._average()
         if self._last_validation != self.num_timesteps:
             self._meta_validate()
         shown = {"seed": self.run_seed, **{k: v for k, v in asdict(self.config).items() if isinstance(v, int | float)}}
@@ -247,29 +262,30 @@ class _Callback(BaseCallback):
 
     def _meta_validate(self) -> None:
         self._last_validation = self.num_timesteps
-        policy = export(self.model, self._env, self._header({}))
+        policy = copy.deepcopy(self._averaged.module)
+        assert isinstance(policy, ControlPolicy)
         score = self._validate(policy)
         self.history.append(
             {
                 "timesteps": self.num_timesteps,
                 "return": score.mean_return,
-                "log_ratio_to_calibrated": score.mean_log_ratio,
+                "log_ratio_to_calibrated": score.log_ratio_iqm,
             }
         )
         self.logger.record("meta_validation/return", score.mean_return)
-        self.logger.record("meta_validation/log_ratio_to_calibrated", score.mean_log_ratio)
+        self.logger.record("meta_validation/log_ratio_to_calibrated", score.log_ratio_iqm)
         for name, ratio in score.log_ratios.items():
             self.logger.record(f"meta_validation_log_ratio/{name}", ratio)
         self.logger.dump(self.num_timesteps)
-        if score.mean_log_ratio > self.best:
-            self.best = score.mean_log_ratio
+        if score.log_ratio_iqm > self.best:
+            self.best = score.log_ratio_iqm
             policy.header = self._header(
                 {
                     "split": "meta-validation",
-                    "measure": "mean of log(final validation loss of the calibrated schedule / of the policy)",
+                    "measure": "ln(final validation loss of the calibrated schedule / of the policy)",
                     "seeds": self.config.validation_seeds,
                     "timesteps": self.num_timesteps,
-                    "mean_log_ratio": score.mean_log_ratio,
+                    "log_ratio_iqm": score.log_ratio_iqm,
                     "mean_return": score.mean_return,
                     "mean_return_calibrated": self._validate.base_return,
                     "log_ratios": score.log_ratios,

@@ -19,7 +19,10 @@ class MetaTrainingConfig:
         cohorts: tasks under way at a time.
         replicas: runs of each task.
         rollout_steps: decisions of each run between two PPO updates.
-        epochs, minibatch, learning_rate, gae_lambda, clip, entropy, log_std: PPO's settings; the discount is 1.
+        epochs, minibatch, learning_rate, gae_lambda, clip, entropy, log_std: PPO's settings; the discount is 1, and the
+            learning rate falls linearly to zero.
+        averaging: decay of the exponential moving average of the policy's weights, update by update; the average is
+            what is scored and saved.
         validate_every: decisions between two meta-validations.
         validation_seeds: runs of each meta-validation task.
         workers: processes that train inner models on the CPU.
@@ -40,6 +43,7 @@ class MetaTrainingConfig:
     clip: float = 0.2
     entropy: float = 0.0
     log_std: float = -1.0
+    averaging: float = 0.5
     workers: int = 2
     variation: Variation = field(default_factory=Variation)
     tasks: TaskDistribution = META_TRAIN
@@ -56,8 +60,8 @@ PRESETS: dict[str, MetaTrainingConfig] = {
         minibatch=512, learning_rate=1e-3, tasks=META_TRAIN_SMALL, validation=META_VALIDATION_SMALL,
     ),
     "default": MetaTrainingConfig(
-        timesteps=645_120, cohorts=12, replicas=16, rollout_steps=32, validate_every=43_008, validation_seeds=8,
-        epochs=8, minibatch=768, learning_rate=4e-4,
+        timesteps=516_096, cohorts=12, replicas=16, rollout_steps=32, validate_every=43_008, validation_seeds=8,
+        epochs=8, minibatch=768, learning_rate=6e-4, averaging=0.9,
         variation=Variation(mask_probability=0.1, start_probability=0.2, blind_probability=0.3),
     ),
 }  # fmt: skip

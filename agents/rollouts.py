@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
+from scipy.stats import trim_mean
 
 from hpo_env.actions import BaseSchedule
 from hpo_env.hyperparameters import CONTROLS, Array
@@ -70,18 +71,17 @@ class Score:
         returns: task -> mean return (fall of the log validation loss).
         log_ratios: task -> mean of log(final loss of the base schedule / of the policy), seeds paired; above 0 is a
             win.
+        log_ratio_iqm: interquartile mean of these log ratios over task x seed: a few tasks whose losses lie near zero
+            do not decide.
     """
 
     returns: dict[str, float]
     log_ratios: dict[str, float]
+    log_ratio_iqm: float
 
     @property
     def mean_return(self) -> float:
         return float(np.mean(list(self.returns.values())))
-
-    @property
-    def mean_log_ratio(self) -> float:
-        return float(np.mean(list(self.log_ratios.values())))
 
 
 class MetaValidation:
@@ -102,11 +102,14 @@ class MetaValidation:
     def __call__(self, policy: ControlPolicy) -> Score:
         runs = self._run(_PolicyDecision(policy))
         ratios = [
-            float(np.mean(np.log(base.val_loss[:, -1] + 1e-12) - np.log(_finite(run.val_loss[:, -1]) + 1e-12)))
+            np.log(base.val_loss[:, -1] + 1e-12) - np.log(_finite(run.val_loss[:, -1]) + 1e-12)
             for run, base in zip(runs, self._base, strict=True)
         ]
-        returns = [float(run.returns.mean()) for run in runs]
-        return Score(dict(zip(self.names, returns, strict=True)), dict(zip(self.names, ratios, strict=True)))
+        return Score(
+            returns={name: float(run.returns.mean()) for name, run in zip(self.names, runs, strict=True)},
+            log_ratios={name: float(ratio.mean()) for name, ratio in zip(self.names, ratios, strict=True)},
+            log_ratio_iqm=float(trim_mean(np.concatenate(ratios), 0.25)),
+        )
 
     @property
     def base_return(self) -> float:

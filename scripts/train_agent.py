@@ -56,7 +56,7 @@ def main(config: Config) -> None:
         def report(progress: Progress) -> None:
             nonlocal remark
             if progress.score:
-                ratio, value = progress.score.mean_log_ratio, progress.score.mean_return
+                ratio, value = progress.score.log_ratio_iqm, progress.score.mean_return
                 remark = f"meta-validation return {value:.3f}, log ratio to calibrated {ratio:+.4f}"
             update(progress.timesteps, remark)
 

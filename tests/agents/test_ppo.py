@@ -179,8 +179,8 @@ def test_what_a_run_leaves(finished: tuple[Path, ControlPolicy, list[Progress]])
     assert {report.timesteps for report in reports} == set(range(0, 257, 16))
     scores = [report.score for report in reports if report.score is not None]
     assert [report.timesteps for report in reports if report.score] == [0, 128, 256]
-    best = max(scores, key=lambda score: score.mean_log_ratio)
-    assert policy.header.scores["mean_log_ratio"] == best.mean_log_ratio
+    best = max(scores, key=lambda score: score.log_ratio_iqm)
+    assert policy.header.scores["log_ratio_iqm"] == best.log_ratio_iqm
     assert policy.header.scores["log_ratios"] == best.log_ratios
     assert policy.header.training["preset"] == "tiny"
     assert policy.header.training["datasets"] == ["digits", "wine"]

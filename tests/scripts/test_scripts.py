@@ -207,7 +207,7 @@ def test_train_agent_leaves_a_policy_and_its_history(
     assert [entry["timesteps"] for entry in history] == [0, 128, 256]
     header = ControlPolicy.load(out / "policy.safetensors").header
     assert header.training["command"] == "python scripts/train_agent.py --preset smoke --seed 0 --device cpu --out out"
-    assert header.scores["mean_log_ratio"] == max(entry["log_ratio_to_calibrated"] for entry in history)
+    assert header.scores["log_ratio_iqm"] == max(entry["log_ratio_to_calibrated"] for entry in history)
     one_line(door(train_agent, *arguments, status=2), "already holds a run")
     door(train_agent, *arguments, "--resume")
     assert json.loads(history_file.read_text())["history"] == history

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,4 +105,7 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int, str], 
 
 
 def tensorboard_hint(folder: Path) -> str:
-    return f"look at the curves: tensorboard --logdir {folder}"
+    """How to look at the events in `folder`, with the TensorBoard that is installed beside this Python."""
+    program = Path(sys.executable).with_name("tensorboard")
+    shown = os.path.relpath(program) if program.is_relative_to(Path.cwd()) else "tensorboard"
+    return f"look at the curves: {shown} --logdir {folder}"

@@ -294,3 +294,18 @@ def test_export_equals_the_trained_policy() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert np.abs(found).max() > 0.01
     assert (policy.std != 1).any()
+
+
+def test_what_is_saved_is_the_average(finished: tuple[Path, ControlPolicy, list[Progress]], tmp_path: Path) -> None:
+    def last_and_average(out: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        state = checkpoint(out)
+        return state["policy"]["action_net.weight"], state["callback"]["averaged"]["module.network.4.weight"]
+
+    meta_train(replace(TINY_CONFIG, averaging=0.0), tmp_path, seed=3)
+    last, average = last_and_average(tmp_path)
+    assert torch.equal(last, average)  # no memory: the last policy itself
+    same_last, smoothed = last_and_average(finished[0])
+    assert torch.equal(same_last, last)  # averaging does not touch the training
+    assert not torch.equal(smoothed, last)
+    # The first policy decides almost nothing (its last layer is near zero), so an average with it is a smaller step.
+    assert 0.1 < float(smoothed.norm() / last.norm()) < 1

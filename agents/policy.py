@@ -48,7 +48,7 @@ class PolicyHeader:
         base_schedules: optimizer kind -> the schedule that its actions deviate from.
         required_signals: signals that a run must give at every step.
         features, controls, ranges: what the network reads and moves; they must be this package's own.
-        trained_ranges: the range of horizons and of parameter counts that it was trained on.
+        trained_ranges: the range of horizons (intervals in a run) that it was trained on.
         training: provenance (preset, seed, timesteps, seconds, device, versions, data sets).
         scores: meta-validation figures, with how they were taken.
     """

@@ -35,6 +35,9 @@ from .vec_env import CohortVecEnv
 
 HIDDEN = (64, 64)
 
+UNSEEN_VARIANCE = 1e-6
+"""A feature that varied less than this over meta-training says nothing: the policy is exported blind to it."""
+
 POLICY_FILE, CHECKPOINT_FILE = "policy.safetensors", "checkpoint.pt"
 
 CURVES = {
@@ -158,6 +161,7 @@ def export(model: PPO, env: VecNormalize, header: PolicyHeader) -> ControlPolicy
     own = [m for m in policy.network if isinstance(m, torch.nn.Linear)]
     for target, source in zip(own, linear, strict=True):
         target.load_state_dict(source.state_dict())
+    own[0].weight.data[:, torch.from_numpy(statistics.var) < UNSEEN_VARIANCE] = 0
     return policy.eval()
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from hpo_env.actions import BaseSchedule
 from hpo_env.control import ControlLoop
 from hpo_env.hyperparameters import CONTROLS, Binding, HasBatchSize
+from hpo_env.rewards import DIVERGED
+from inner_models.names import unknown
 from inner_models.sampling import BatchSampler
 from inner_models.signals import GradientMeter
 
@@ -64,8 +66,9 @@ class Tuner:
         model: the model; needed to move dropout and for the guard.
         batch_size: the run's batch size, if the tuner may change it; batches must then come from `batch_sampler`.
         start: `policy` chooses absolute values, for training from scratch; `given` takes the run's own values (with
-            warm-up and cosine decay) as the base and stays within `max_factor` of them, for fine-tuning.
+            warm-up and cosine decay) as the base and stays within `max_factor` of that, for fine-tuning.
         max_factor: see `start`.
+        controls: names of the controls that the policy may move, all that the run has when None.
         initial_loss: validation loss before training, if known: a signal like any other.
         signals: names of the losses that the run will give to `step`.
         guard: when the run diverges (a loss that is not finite, or far above the run's best), restore the best
@@ -97,6 +100,7 @@ class Tuner:
         batch_size: int | None = None,
         start: Literal["policy", "given"] = "policy",
         max_factor: float = 10.0,
+        controls: Sequence[str] | None = None,
         initial_loss: float | Tensor | None = None,
         signals: Sequence[str] = ("train_loss", "val_loss"),
         guard: bool = True,
@@ -110,6 +114,13 @@ class Tuner:
             raise ValueError(f"max_factor must be above 1, not {max_factor}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if any("initial_lr" in group for group in optimizer.param_groups):
+            _log.warning("a learning rate scheduler is attached to this optimizer; remove it: the tuner sets lr")
+        if start == "policy" and not isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):
+            _log.warning(
+                "the policy knows AdamW and SGD; with %s its learning rates may not fit: consider start='given'",
+                type(optimizer).__name__,
+            )
         missing = [name for name in policy.header.required_signals if name not in signals]
         if missing:
             raise PolicyError(
@@ -133,15 +144,24 @@ class Tuner:
             1,
             horizon=total_epochs,
             base=base,
-            parameters=sum(p.numel() for group in optimizer.param_groups for p in group["params"]),
+            parameters=sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad),
             momentum_sgd=sgd,
             max_factor=max_factor if start == "given" else math.inf,
         )
-        lacking = {name: 0.0 for name in CONTROLS if name not in self._binding.available}
+        self._controls = _chosen(controls, self._binding.available)
+        lacking = {name: 0.0 for name in CONTROLS if name not in self._controls}
         known = {} if initial_loss is None else {"val_loss": np.array([_number("initial_loss", initial_loss)])}
         self._loop.restart([0], known, fixed=[lacking])
         self._meter = GradientMeter(optimizer)
+        self._settings: dict[str, Any] = {
+            "total_epochs": total_epochs,
+            "start": start,
+            "max_factor": max_factor,
+            "controls": list(self._controls),
+        }
         self._guard = _Guard(model, optimizer) if guard and model is not None else None
+        if self._guard and known:
+            self._guard.check({"val_loss": float(known["val_loss"][0])})
         self._policy_state: Any = None
         self.history: list[dict[str, Any]] = []
         self._decide({name: float(value[0]) for name, value in known.items()}, None)
@@ -201,18 +221,21 @@ class Tuner:
             _log.warning("more epochs than total_epochs=%d: values stay as they are", self.total_epochs)
         return self.hyperparameters
 
-    def batch_sampler(self, data: Sized | int, *, seed: int | np.random.Generator = 0) -> BatchSampler:
+    def batch_sampler(
+        self, data: Sized | int, *, seed: int | np.random.Generator = 0, drop_last: bool = False
+    ) -> BatchSampler:
         """A batch sampler for `DataLoader(data, batch_sampler=...)` whose batches have the size in use.
 
         Args:
             data: the data set, or its number of rows.
             seed: seed or generator of the row order.
+            drop_last: leave out a last batch that is not full.
 
         Raises:
             ValueError: the tuner was made without `batch_size`.
         """
         rows = data if isinstance(data, int) else len(data)
-        sampler = BatchSampler(rows, 1, np.random.default_rng(seed))
+        sampler = BatchSampler(rows, 1, np.random.default_rng(seed), drop_last=drop_last)
         self.follow(sampler)
         return sampler
 
@@ -234,18 +257,22 @@ class Tuner:
             "base": self._loop.base.to_dict(),
             "hyperparameters": self.hyperparameters,
             "history": copy.deepcopy(self.history),
-            "total_epochs": self.total_epochs,
+            "settings": dict(self._settings),
+            "samplers": [s.generator.bit_generator.state for s in self._samplers()],
             "guard": self._guard.state_dict() if self._guard else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint. Load the model's and the optimizer's state first.
+        """Go on from a checkpoint. Load the model's and the optimizer's state, and make the batch samplers, first.
 
         Raises:
-            ValueError: the state is that of a run of another length.
+            ValueError: the state is that of a tuner made with other arguments.
         """
-        if state["total_epochs"] != self.total_epochs:
-            raise ValueError(f"the state is of a run of {state['total_epochs']} epochs, not {self.total_epochs}")
+        for name, value in self._settings.items():
+            if state["settings"][name] != value:
+                raise ValueError(f"the state is of a run with {name}={state['settings'][name]!r}, not {value!r}")
+        for sampler, generator in zip(self._samplers(), state["samplers"], strict=False):
+            sampler.generator.bit_generator.state = generator
         self._loop.load_state_dict(state["loop"])
         self._loop.base = BaseSchedule(**state["base"])
         self._binding.write(state["hyperparameters"])
@@ -256,6 +283,10 @@ class Tuner:
                 self._guard.load_state_dict(state["guard"])
         self._meter.begin()
 
+    def _samplers(self) -> list[BatchSampler]:
+        followers = self._batch_size.samplers if self._batch_size else []
+        return [sampler for sampler in followers if isinstance(sampler, BatchSampler)]
+
     def close(self) -> None:
         """Take the measuring hook off the optimizer."""
         self._meter.close()
@@ -264,7 +295,7 @@ class Tuner:
         observation = self._loop.observe()
         action, self._policy_state = self.policy.act(observation, self._policy_state)
         values = self._loop.decide(action)
-        chosen = {name: float(values[name][0]) for name in self._binding.available}
+        chosen = {name: float(values[name][0]) for name in self._controls}
         self._binding.write(chosen)
         self._write("control", chosen, self.epoch + 1)
         self.history.append(
@@ -290,12 +321,12 @@ def pretrained_path() -> Path:
 
 
 class _Guard:
-    """Notices divergence and keeps the best snapshot."""
+    """Notices divergence and keeps the best snapshot, in main memory."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
-        self._first: float | None = None
-        self._best = math.inf
+        self._first: dict[str, float] = {}
+        self._best: dict[str, float] = {}
         self._snapshot: dict[str, Any] = {}
         self._take()
 
@@ -304,33 +335,69 @@ class _Guard:
         broken = [name for name, value in signals.items() if not math.isfinite(value)]
         if broken:
             return f"{' and '.join(broken)} not finite"
-        loss = signals.get("val_loss", signals.get("train_loss", math.inf))
-        first = self._first = loss if self._first is None else self._first
-        # Far above: it has risen by twice all that was gained, and to at least three times the best.
-        if math.isfinite(self._best) and loss > self._best + 2 * max(first - self._best, abs(self._best)):
-            return f"loss {loss:.4g} is far above the run's best, {self._best:.4g}"
-        if loss < self._best:
-            self._best = loss
+        # Both losses must be off (validation alone rises when a model overfits), or one beyond all measure.
+        far = [name for name, value in signals.items() if self._far_above(name, value)]
+        lost = [name for name in far if name in self._best and signals[name] > DIVERGED * self._scale(name)]
+        if self._best and (lost or len(far) == len(signals)):
+            name = (lost or far)[-1]
+            return f"{name} {signals[name]:.4g} is far above the run's best"
+        name = "val_loss" if "val_loss" in signals else "train_loss"
+        improved = signals[name] < self._best.get(name, math.inf)
+        for key, value in signals.items():
+            self._first.setdefault(key, value)
+            self._best[key] = min(value, self._best.get(key, math.inf))
+        if improved:
             self._take()
         return None
 
+    def _far_above(self, name: str, value: float) -> bool:
+        """It has risen by twice all that was gained, and to at least three times the best."""
+        best, first = self._best.get(name), self._first.get(name)
+        return best is None or first is None or value > best + 2 * max(first - best, abs(best))
+
+    def _scale(self, name: str) -> float:
+        return max(abs(self._first[name]), abs(self._best[name]))
+
     def restore(self) -> None:
         self._model.load_state_dict(self._snapshot["model"])
-        rates = [(group["lr"], group.get("weight_decay")) for group in self._optimizer.param_groups]
-        self._optimizer.load_state_dict(copy.deepcopy(self._snapshot["optimizer"]))
-        for group, (lr, decay) in zip(self._optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr
-            if decay is not None:
-                group["weight_decay"] = decay
+        kept = [
+            {key: value for key, value in group.items() if key != "params"} for group in self._optimizer.param_groups
+        ]
+        if len(kept) == len(self._snapshot["optimizer"]["param_groups"]):  # else groups came since: no state fits them
+            self._optimizer.load_state_dict(copy.deepcopy(self._snapshot["optimizer"]))
+            for group, values in zip(self._optimizer.param_groups, kept, strict=True):
+                group.update(values)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": self._first, "best": self._best, "snapshot": self._snapshot}
+        return {"first": dict(self._first), "best": dict(self._best), "snapshot": self._snapshot}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._first, self._best, self._snapshot = state["first"], state["best"], state["snapshot"]
+        self._first, self._best, self._snapshot = dict(state["first"]), dict(state["best"]), state["snapshot"]
 
     def _take(self) -> None:
-        self._snapshot = copy.deepcopy({"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()})
+        self._snapshot = {
+            "model": _on_cpu(self._model.state_dict()),
+            "optimizer": _on_cpu(self._optimizer.state_dict()),
+        }
+
+
+def _on_cpu(state: Any) -> Any:
+    """A copy of a state dict, its tensors in main memory."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    return [_on_cpu(value) for value in state] if isinstance(state, list) else copy.deepcopy(state)
+
+
+def _chosen(controls: Sequence[str] | None, available: Sequence[str]) -> tuple[str, ...]:
+    """The controls that the policy may move."""
+    if controls is None:
+        return tuple(available)
+    for name in controls:
+        if name not in available:
+            raise ValueError(unknown("control", name, available))
+    return tuple(name for name in available if name in controls)
 
 
 def _number(name: str, value: Any) -> float:

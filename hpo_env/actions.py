@@ -109,12 +109,29 @@ def apply_offsets(base: Mapping[str, Array], offsets: Array, max_factor: float =
     """
     values = {}
     for column, (name, control) in zip(offsets.T, CONTROLS.items(), strict=True):
-        moved = control.from_scale(control.to_scale(base[name]) + column)
+        moved = _moved(control, np.asarray(base[name], np.float64), column)
         if math.isfinite(max_factor):
             low, high = _within(control, base[name], max_factor)
             moved = np.clip(moved, low, high)
         values[name] = np.where(column == 0, base[name], moved)
     return values
+
+
+def _moved(control: Hyperparameter, base: Array, offset: Array) -> Array:
+    """`base` moved on the control's scale, within the control's range.
+
+    A small rate (the end of a cosine, a user's own) and a large batch that lie outside the range move from where they
+    are; a rate above the range is brought into it.
+    """
+    moved = control.from_scale(control.to_scale(base) + offset)
+    if control.scale != "log":
+        return moved
+    outside = (base > 0) & (base < control.low) | (base > control.high) & (control.multiple > 0)
+    shifted = base * np.exp(offset)
+    if control.multiple:
+        shifted = np.maximum(np.rint(shifted / control.multiple), 1) * control.multiple
+    lowest = np.where(base < control.low, 0.0, control.low)
+    return np.where(outside, np.clip(shifted, lowest, np.maximum(control.high, base)), moved)
 
 
 def _within(control: Hyperparameter, base: Array, factor: float) -> tuple[Array, Array]:

@@ -126,7 +126,7 @@ class ControlLoop:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()` of a loop made with the same arguments."""
-        arrays = {name: tensor.numpy().copy() for name, tensor in state.items()}
+        arrays = {name: tensor.cpu().numpy().copy() for name, tensor in state.items()}
         if arrays["offsets"].shape != self.state.offsets.shape:
             raise ValueError(f"the state is one of {len(arrays['offsets'])} runs, not {len(self.state.offsets)}")
         self.state.offsets, self.state.actions = arrays["offsets"], arrays["actions"]

@@ -91,12 +91,18 @@ class Binding:
     """Reads and writes controls on a torch optimizer, a module's dropout layers and a batch sampler.
 
     Parameter groups keep their ratios: a group's learning rate stays at its share of the largest one, its weight decay
-    likewise, and groups without decay stay so. Dropout layers keep their ratios to the largest rate.
+    likewise, and groups without decay stay so. Dropout layers keep their ratios to the largest rate. What the run does
+    not use (no decay anywhere, all rates zero) is not switched on.
 
     Args:
-        optimizer: any `torch.optim.Optimizer` whose groups have `lr`.
-        model: where to look for dropout layers; `dropout` is not available without one.
+        optimizer: any `torch.optim.Optimizer` whose groups have `lr`. `weight_decay` is available where it is decoupled
+            (AdamW and its like) or the optimizer is SGD; elsewhere the same number means another thing.
+        model: where to look for `nn.Dropout` layers and their like; `dropout` is not available without one. Rates that
+            other modules hold as numbers (`nn.MultiheadAttention`, `nn.LSTM`) are left alone.
         batch_sampler: what to set `batch_size` on; `batch_size` is not available without it.
+
+    Attributes:
+        available: names of the controls that this run has.
     """
 
     def __init__(
@@ -113,21 +119,17 @@ class Binding:
             "weight_decay": _shares([float(group.get("weight_decay", 0.0)) for group in self._groups]),
             "dropout": _shares([module.p for module in self._dropouts]),
         }
+        has = {
+            "lr": True,
+            "batch_size": batch_sampler is not None,
+            "weight_decay": any(_decays(optimizer, group) for group in self._groups),
+            "dropout": any(module.p > 0 for module in self._dropouts),
+        }
+        self.available = tuple(name for name in CONTROLS if has[name])
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups  # looked up anew: load_state_dict replaces the list
-
-    @property
-    def available(self) -> tuple[str, ...]:
-        """Names of the controls that this run has."""
-        has = {
-            "lr": True,
-            "batch_size": self._batch_sampler is not None,
-            "weight_decay": any("weight_decay" in group for group in self._groups),
-            "dropout": bool(self._dropouts),
-        }
-        return tuple(name for name in CONTROLS if has[name])
 
     def read(self) -> dict[str, float]:
         """The run's present values of its available controls."""
@@ -136,7 +138,7 @@ class Binding:
             values["batch_size"] = float(self._batch_sampler.batch_size)
         if "weight_decay" in self.available:
             values["weight_decay"] = max(float(group.get("weight_decay", 0.0)) for group in self._groups)
-        if self._dropouts:
+        if "dropout" in self.available:
             values["dropout"] = max(module.p for module in self._dropouts)
         return values
 
@@ -153,8 +155,16 @@ class Binding:
                 for module, share in zip(self._dropouts, self._shares[name], strict=True):
                     module.p = value * share
             else:
-                for group, share in zip(self._groups, self._shares[name], strict=True):
+                shares = self._shares[name] + [1.0] * (
+                    len(self._groups) - len(self._shares[name])
+                )  # groups added later
+                for group, share in zip(self._groups, shares, strict=True):
                     _set(group, name, value * share)
+
+
+def _decays(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    decoupled = isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
+    return bool(decoupled) and float(group.get("weight_decay", 0.0)) > 0
 
 
 def _shares(values: list[float]) -> list[float]:

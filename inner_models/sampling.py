@@ -25,23 +25,35 @@ class BatchSampler:
         batch_size: rows a batch; the last batch of a pass may be smaller.
         generator: source of the row order.
         examples: rows drawn in one pass; all rows once when None.
+        drop_last: leave out a last batch that is not full.
     """
 
-    def __init__(self, rows: int, batch_size: int, generator: np.random.Generator, examples: int | None = None) -> None:
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        generator: np.random.Generator,
+        examples: int | None = None,
+        *,
+        drop_last: bool = False,
+    ) -> None:
         if rows < 1 or batch_size < 1:
             raise ValueError(f"rows and batch_size must be at least 1, not {rows} and {batch_size}")
         self.rows = rows
         self.batch_size = batch_size
         self.generator = generator
         self.examples = rows if examples is None else examples
+        self.drop_last = drop_last
 
     def __iter__(self) -> Iterator[list[int]]:
         order = draw_order(self.rows, self.examples, self.generator)
         start = 0
         while start < len(order):
             batch = order[start : start + self.batch_size]
+            if self.drop_last and len(batch) < self.batch_size:
+                return
             start += len(batch)
             yield batch.tolist()
 
     def __len__(self) -> int:
-        return -(-self.examples // self.batch_size)
+        return self.examples // self.batch_size if self.drop_last else -(-self.examples // self.batch_size)

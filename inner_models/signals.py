@@ -7,6 +7,8 @@ before the update.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,12 +36,13 @@ def momentum_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor |
 class GradientMeter:
     """Measures gradient statistics through an optimizer's step hook.
 
-    Sums stay on the parameters' device; nothing is synchronized until `finish`. Keeps one copy of the parameters.
+    Sums stay on the parameters' device; nothing is synchronized until `finish`. Keeps one copy of the parameters. What
+    cannot be measured (sparse gradients; steps with a closure, whose gradients do not exist yet) is left out.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._handle = optimizer.register_step_pre_hook(lambda *_: self._before_step())
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
         self.begin()
 
     def begin(self) -> None:
@@ -47,14 +50,16 @@ class GradientMeter:
         self._steps = 0
         self._norms: list[Tensor] = []
         self._cosines: list[Tensor] = []
-        self._start = [parameter.detach().clone() for parameter in self._parameters()]
+        self._start = {parameter: parameter.detach().clone() for parameter in self._parameters()}
 
     def finish(self) -> dict[str, float]:
         """Return the interval's `grad_norm`, `grad_norm_std`, `grad_cosine` and `update_ratio`, and start the next."""
-        parameters = [parameter.detach() for parameter in self._parameters()]
-        moved = _norm([after - before for after, before in zip(parameters, self._start, strict=True)])
-        ratio = moved / _norm(parameters).clamp_min(1e-12)
-        nan = torch.full((), torch.nan, device=ratio.device, dtype=ratio.dtype)
+        kept = [
+            parameter for parameter in self._parameters() if parameter in self._start
+        ]  # neither new nor frozen since
+        moved = _norm([parameter.detach() - self._start[parameter] for parameter in kept])
+        ratio = moved / _norm([parameter.detach() for parameter in kept]).clamp_min(1e-12)
+        nan = torch.full_like(ratio, torch.nan)
         norms = torch.stack(self._norms) if self._norms else nan[None]
         cosine = torch.stack(self._cosines).mean() if self._cosines else nan
         values = torch.stack([norms.mean(), norms.std(correction=0), cosine, ratio]).tolist()
@@ -69,24 +74,34 @@ class GradientMeter:
         return [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
 
     @torch.no_grad()
-    def _before_step(self) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._steps += 1
-        if (self._steps - 1) % MEASURE_EVERY:
+        if (self._steps - 1) % MEASURE_EVERY or any(callable(argument) for argument in (*args, *kwargs.values())):
             return
-        pairs = [(p.grad, momentum_of(self._optimizer, p)) for p in self._parameters() if p.grad is not None]
-        if not pairs:
+        pairs = [(p.grad, momentum_of(optimizer, p)) for p in self._parameters() if p.grad is not None]
+        if not pairs or any(gradient.is_sparse for gradient, _ in pairs):
             return
         gradients = [gradient for gradient, _ in pairs]
+        # A fused optimizer under a GradScaler undoes the scale itself, inside its step.
+        scale = getattr(optimizer, "grad_scale", None)
         norm = _norm(gradients)
-        self._norms.append(norm)
+        self._norms.append(norm if scale is None else norm / scale.to(norm))
         momenta = [momentum for _, momentum in pairs if momentum is not None]
         if len(momenta) == len(pairs):
-            dot = torch.stack([(g * m).sum() for g, m in zip(gradients, momenta, strict=True)]).sum()
+            dot = _together([(g * m).sum(dtype=norm.dtype) for g, m in zip(gradients, momenta, strict=True)]).sum()
             self._cosines.append(dot / (norm * _norm(momenta)).clamp_min(1e-12))
-        elif not self._optimizer.state:
+        elif not optimizer.state:
             self._cosines.append(torch.zeros_like(norm))  # the run's first step: no momentum yet
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-    return norm
+    """Euclidean norm of all elements; in single precision at least, on the first tensor's device."""
+    if not tensors:
+        return torch.tensor(torch.nan)
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    norms = _together([torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors])
+    return norms.square().sum().sqrt()
+
+
+def _together(scalars: list[Tensor]) -> Tensor:
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])

@@ -28,7 +28,7 @@ class Streams:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
-    """Two optimizer groups: matrices, which decay, and biases, norms and embeddings of positions, which do not."""
+    """Two optimizer groups: matrices, which decay, and biases and norms, which do not."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups: list[dict[str, object]] = [{"params": decayed}]

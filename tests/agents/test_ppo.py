@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from agents.policy import OBSERVATION_CLIP, ControlPolicy, PolicyHeader
-from agents.ppo import HIDDEN, Progress, _build, export, meta_train
+from agents.ppo import HIDDEN, UNSEEN_VARIANCE, Progress, _build, export, meta_train
 from agents.presets import MetaTrainingConfig
 from agents.rollouts import _PolicyDecision
 from agents.vec_env import CohortVecEnv
@@ -289,6 +289,12 @@ def test_export_equals_the_trained_policy() -> None:
         env.step(np.stack([env.action_space.sample() for _ in range(env.num_envs)]))
         observations.append(env.get_original_obs())
     seen = np.concatenate([*observations, 50 * np.asarray(observations[0])]).astype(np.float32)  # some beyond the clip
+    assert not isinstance(env.obs_rms, dict)
+    unseen = env.obs_rms.var < UNSEEN_VARIANCE
+    assert 0 < unseen.sum() < len(unseen) / 2
+    blind, _ = policy.act(np.where(unseen, 7.0, seen).astype(np.float32))
+    seen = np.where(unseen, env.obs_rms.mean, seen).astype(np.float32)
+    np.testing.assert_array_equal(policy.act(seen)[0], blind)
     expected, _ = model.predict(env.normalize_obs(seen), deterministic=True)
     found, _ = policy.act(seen)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

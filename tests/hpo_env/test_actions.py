@@ -170,3 +170,15 @@ def test_restart_concerns_its_runs_only() -> None:
 def test_horizon_is_positive() -> None:
     with pytest.raises(ValueError, match="horizon must be at least 1 interval, not 0"):
         make_loop(horizon=0)
+
+
+def test_a_value_outside_the_range_moves_from_where_it_is() -> None:
+    """The end of a cosine lies below the range of lr: half of it is half of it."""
+    base = {"lr": np.array([1e-8, 1e-8, 5.0]), "batch_size": np.array([4096.0, 4.0, 4096.0])}
+    base |= {"weight_decay": np.full(3, 0.1), "dropout": np.full(3, 0.1)}
+    offsets = np.zeros((3, len(CONTROLS)))
+    offsets[:, 0] = [-math.log(2), math.log(2), 0.1]
+    offsets[:, 1] = [0.001, 0.001, -math.log(2)]
+    values = apply_offsets(base, offsets)
+    assert values["lr"] == pytest.approx([5e-9, 2e-8, 1.0])
+    assert values["batch_size"].tolist() == [4096, 16, 2048]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,10 +107,26 @@ def test_groups_keep_their_ratios() -> None:
         assert binding.read() == pytest.approx({"lr": lr, "weight_decay": decay})
 
 
-def test_a_run_without_any_decay_gets_it_everywhere() -> None:
-    optimizer = torch.optim.SGD([{"params": weights(1)}, {"params": weights(1)}], lr=0.1)
-    Binding(optimizer).write({"weight_decay": 0.2})
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.2]
+@pytest.mark.parametrize(
+    ("make", "offered"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1), False),
+        (lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1), True),
+        (lambda p: torch.optim.AdamW(p), True),
+        (lambda p: torch.optim.AdamW(p, weight_decay=0.0), False),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), False),  # coupled: the number means another thing
+        (lambda p: torch.optim.NAdam(p, weight_decay=0.1, decoupled_weight_decay=True), True),
+    ],
+)
+def test_decay_is_offered_only_where_it_means_the_same(
+    make: Callable[[Any], torch.optim.Optimizer], offered: bool
+) -> None:
+    assert ("weight_decay" in Binding(make(weights(1))).available) == offered
+
+
+def test_what_is_off_stays_off() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.0))
+    assert "dropout" not in Binding(torch.optim.SGD(model.parameters(), lr=0.1), model).available
 
 
 def test_dropouts_keep_their_ratios() -> None:

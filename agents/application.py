@@ -17,29 +17,28 @@ from .policy import ControlPolicy
 from .schedules import Constant, Controller, Cosine, Plateau, defaults
 from .tuner import ScalarWriter, Tuner
 
-MakeController = Callable[[Training, float], Controller]
-"""Attaches a controller to a run; its second argument is the validation loss before training."""
+MakeController = Callable[[Training], Controller]
+"""Attaches a controller to a run."""
 
 BASELINES: dict[str, MakeController] = {
-    "constant": lambda run, _: Constant(_bind(run), defaults(run.optimizer)),
-    "cosine": lambda run, _: Cosine(_bind(run), defaults(run.optimizer), run.task.horizon),
-    "plateau": lambda run, _: Plateau(_bind(run), defaults(run.optimizer), run.optimizer, run.task.horizon),
-    "calibrated": lambda run, _: Cosine(_bind(run), calibrated(run.task.optimizer), run.task.horizon),
+    "constant": lambda run: Constant(_bind(run), defaults(run.optimizer)),
+    "cosine": lambda run: Cosine(_bind(run), defaults(run.optimizer), run.task.horizon),
+    "plateau": lambda run: Plateau(_bind(run), defaults(run.optimizer), run.optimizer, run.task.horizon),
+    "calibrated": lambda run: Cosine(_bind(run), calibrated(run.task.optimizer), run.task.horizon),
 }
 """Name -> controller. The first three use the usual defaults (`agents.schedules`), `calibrated` the base schedule."""
 
 
 def with_policy(policy: ControlPolicy) -> MakeController:
-    """The tuner with `policy`, all controls its own."""
+    """The tuner with `policy`, attached as the README's three lines do: all controls its own, no initial loss."""
 
-    def attach(run: Training, initial_loss: float) -> Tuner:
+    def attach(run: Training) -> Tuner:
         tuner = Tuner(
             policy,
             run.optimizer,
             model=run.model,
             total_epochs=run.task.horizon,
             batch_size=run.batch_sampler.batch_size,
-            initial_loss=initial_loss,
         )
         tuner.follow(run.batch_sampler)
         return tuner
@@ -67,7 +66,7 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it: the controls are keys beside the losses; a loss that is not finite is null."""
         flat = asdict(self)
-        return {key: _jsonable(value) for key, value in {**flat, **flat.pop("controls")}.items() if key != "controls"}
+        return {key: jsonable(value) for key, value in {**flat, **flat.pop("controls")}.items() if key != "controls"}
 
 
 def train(
@@ -88,7 +87,7 @@ def train(
     """
     run = Training(task, seed, data=prepare(task, with_test=True), device=device)
     started, testing = time.perf_counter(), 0.0
-    controller = attach(run, run.evaluate("val"))
+    controller = attach(run)
     train_losses: list[float] = []
     val_losses: list[float] = []
     controls: dict[str, list[float]] = {name: [] for name in CONTROLS if name in controller.hyperparameters}
@@ -119,7 +118,8 @@ def _bind(run: Training) -> Binding:
     return Binding(run.optimizer, run.model, run.batch_sampler)
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """`value`, numbers and lists of them, with null for what is not finite."""
     if isinstance(value, list):
-        return [_jsonable(entry) for entry in value]
+        return [jsonable(entry) for entry in value]
     return value if math.isfinite(value) else None

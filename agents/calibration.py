@@ -76,8 +76,8 @@ def calibrate(
     """Find the schedule with the least mean regret.
 
     Returns:
-        The schedule, and figures: its mean regret on the second round's tasks, the median configuration's in the
-        first, and the numbers of configurations and tasks.
+        The schedule, and figures: its mean regret on the second round's tasks, against the best of the finalists; the
+        median configuration's on the first round's, against the best of all; the numbers of configurations and tasks.
     """
     rng = np.random.default_rng(seed)
     schedules = sample_schedules(optimizer, configurations, rng)

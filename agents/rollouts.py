@@ -18,6 +18,9 @@ from inner_models.tasks import Task
 
 from .policy import ControlPolicy
 
+LOST = 1e3
+"""Loss that a diverged run counts with where losses are compared."""
+
 Decide = Callable[[NDArray[np.float32]], NDArray[np.float64]]
 """Observations `[runs, features]` to actions `[runs, controls]`."""
 
@@ -102,7 +105,7 @@ class MetaValidation:
     def __call__(self, policy: ControlPolicy) -> Score:
         runs = self._run(_PolicyDecision(policy))
         ratios = [
-            np.log(base.val_loss[:, -1] + 1e-12) - np.log(_finite(run.val_loss[:, -1]) + 1e-12)
+            np.log(capped(base.val_loss[:, -1]) + 1e-12) - np.log(capped(run.val_loss[:, -1]) + 1e-12)
             for run, base in zip(runs, self._base, strict=True)
         ]
         return Score(
@@ -138,5 +141,6 @@ def _single_threaded(task: Task, decide: Decide, seeds: Sequence[int], device: s
         torch.set_num_threads(threads)
 
 
-def _finite(losses: Array) -> Array:
-    return np.where(np.isfinite(losses), losses, 1e3)
+def capped(losses: Array) -> Array:
+    """A run that was lost counts as a loss of `LOST`."""
+    return np.minimum(np.where(np.isfinite(losses), losses, np.inf), LOST)

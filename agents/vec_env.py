@@ -121,7 +121,8 @@ class CohortEnv:
                 "episode": {"r": self._return[index], "l": int(before[index]) + 1, "t": time.time()},
                 "final": final,
             }
-        in_use = {name: infos[name][infos[name] > 0] for name in CONTROLS}
+        used = {n: np.where(over, infos["final_info"][n], infos[n]) if over.any() else infos[n] for n in CONTROLS}
+        in_use = {name: values[values > 0] for name, values in used.items()}
         listed[0]["controls"] = {name: float(np.exp(np.log(v).mean())) for name, v in in_use.items() if len(v)}
         self._return[over] = 0
         for cohort, task in enumerate(self.env.tasks):

@@ -78,7 +78,7 @@ def write_config(out: Path, script: str, config: Any) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, making the folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from joblib import Parallel, delayed
 from rich.table import Table
 from scipy.stats import bootstrap
 
-from agents.application import BASELINES, Run, train, with_policy
+from agents.application import BASELINES, Run, jsonable, train, with_policy
 from agents.policy import ControlPolicy
+from agents.rollouts import capped
 from agents.tuner import pretrained_path
 from hpo_env.hyperparameters import Array
 from inner_models.tasks import Task
@@ -76,7 +77,7 @@ def _summary(runs: dict[tuple[str, str, int], Run], task: str, method: str, seed
     result: dict[str, Any] = {"seconds": float(np.mean([runs[task, method, seed].seconds for seed in range(seeds)]))}
     for name in MEASURES:
         losses = np.array([_loss(runs[task, method, seed], name) for seed in range(seeds)])
-        result[name] = losses.tolist()
+        result[name] = jsonable(losses.tolist())
         if method != "policy":
             own = np.array([_loss(runs[task, "policy", seed], name) for seed in range(seeds)])
             result[f"{name}_log_ratio"] = log_ratio(losses, own)
@@ -88,8 +89,11 @@ def _loss(run: Run, measure: str) -> float:
 
 
 def log_ratio(baseline: Array, policy: Array) -> dict[str, Any]:
-    """Mean of ln(baseline / policy) over paired seeds, its bootstrap 95 % interval, and the seeds that policy wins."""
-    ratios = np.log(baseline) - np.log(policy)
+    """Mean of ln(baseline / policy) over paired seeds, its bootstrap 95 % interval, and the seeds that the policy wins.
+
+    A diverged run counts as a loss of `agents.rollouts.LOST`.
+    """
+    ratios = np.log(capped(baseline)) - np.log(capped(policy))
     if np.ptp(ratios) == 0:
         low = high = float(ratios[0])
     else:
@@ -104,7 +108,7 @@ def _table(task: Task, result: dict[str, dict[str, Any]], config: Config) -> Tab
     for heading in ("method", "val loss", "test loss", "val log ratio", "test log ratio", "wins (test)", "seconds"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for method, figures in result.items():
-        cells = [f"{np.mean(figures[name]):.4f}" for name in MEASURES]
+        cells = [f"{np.mean([np.nan if loss is None else loss for loss in figures[name]]):.4f}" for name in MEASURES]
         ratios = [figures.get(f"{name}_log_ratio") for name in MEASURES]
         cells += [f"{r['mean']:+.3f} [{r['interval'][0]:+.3f}, {r['interval'][1]:+.3f}]" if r else "" for r in ratios]
         cells.append(f"{ratios[1]['wins']}/{config.seeds}" if ratios[1] else "")

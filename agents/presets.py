@@ -65,7 +65,7 @@ PRESETS: dict[str, MetaTrainingConfig] = {
         variation=Variation(mask_probability=0.1, start_probability=0.2, blind_probability=0.3),
     ),
 }  # fmt: skip
-"""`smoke`: about a minute on 2 cores, to see that all works. `demo`: a few minutes. `default`: about an hour."""
+"""`smoke`: under a minute on 2 cores, to see that all works. `demo`: a few minutes. `default`: about half an hour."""
 
 
 def effective_config(config: MetaTrainingConfig, seed: int, device: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Config:
     out: Path
     """Folder for policy.safetensors, config.json, checkpoint.pt and TensorBoard events."""
     preset: str = "default"
-    """smoke (about a minute on 2 cores), demo (a few minutes) or default (about an hour)."""
+    """smoke (under a minute on 2 cores), demo (a few minutes) or default (about half an hour)."""
     seed: int = 0
     """Fixes initial weights, tasks and all noise."""
     device: str = "cpu"

@@ -53,11 +53,13 @@ class MetaTrainingConfig:
 PRESETS: dict[str, MetaTrainingConfig] = {
     "smoke": MetaTrainingConfig(
         timesteps=24_576, cohorts=8, replicas=16, rollout_steps=16, validate_every=8_192, validation_seeds=8,
-        minibatch=512, learning_rate=1e-3, tasks=META_TRAIN_SMALL, validation=META_VALIDATION_SMALL,
+        minibatch=512, learning_rate=1e-3, variation=Variation(blind_probability=0.5),
+        tasks=META_TRAIN_SMALL, validation=META_VALIDATION_SMALL,
     ),
     "demo": MetaTrainingConfig(
         timesteps=81_920, cohorts=8, replicas=16, rollout_steps=16, validate_every=16_384, validation_seeds=8,
-        minibatch=512, learning_rate=1e-3, tasks=META_TRAIN_SMALL, validation=META_VALIDATION_SMALL,
+        minibatch=512, learning_rate=1e-3, variation=Variation(blind_probability=0.5),
+        tasks=META_TRAIN_SMALL, validation=META_VALIDATION_SMALL,
     ),
     "default": MetaTrainingConfig(
         timesteps=516_096, cohorts=12, replicas=16, rollout_steps=32, validate_every=43_008, validation_seeds=8,

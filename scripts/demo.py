@@ -22,9 +22,9 @@ class Config:
 
     out: Path | None = None
     """Folder for the results; runs/demo-<date>-<time> when left out."""
-    task: str = "letter/mlp"
+    task: str = "italy-power-demand/mlp"
     """The unseen task: its data set is in no split that an agent was trained or chosen on."""
-    epochs: int = 15
+    epochs: int = 20
     """Length of each run on it."""
     preset: str = "demo"
     """Preset of the meta-training."""

@@ -1,32 +1,34 @@
 """The engine: many replicas of one task train together, each with its own seed and hyperparameters.
 
 All parameters of all replicas lie in one `[replicas, parameters]` buffer, of which the layers are views, so that an
-optimizer step is a handful of in-place calls. Replicas consume micro-batches in lockstep, accumulate gradients, and
-step when their own batch is full: the gradient is exactly the mean over the replica's batch, whatever the batch sizes
-of the others. Twin tests hold every model kind and optimizer to `inner_models.training.Training`.
+optimizer step is one pass over it. Replicas consume micro-batches in lockstep, accumulate gradients, and step when
+their own batch is full: the gradient is exactly the mean over the replica's batch, whatever the batch sizes of the
+others. Twin tests hold every model kind and optimizer to `inner_models.training.Training`.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from inner_models.datasets import Split
+from inner_models.masks import MaskSource
 from inner_models.models import Dropout, build_model
-from inner_models.replicated_layers import MaskSource, replicate
+from inner_models.programs import Program, Tape, Workspace
+from inner_models.replicated_layers import Parameter, record, record_loss, takes_images
 from inner_models.sampling import MICRO_BATCH, draw_order
 from inner_models.signals import MEASURE_EVERY, SIGNALS
-from inner_models.tasks import Task, TaskData, elementwise_loss, prepare
+from inner_models.tasks import Task, TaskData, prepare
 from inner_models.training import SGD_MOMENTUM, Streams
+from inner_models.updates import BETA1, BETA2, STEPS
 
-_BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8  # torch.optim.AdamW's defaults
-_EVALUATION_ROWS = 8192  # replicas x rows that are evaluated at once
+_EVALUATION_ROWS = 1024  # replicas x rows that are evaluated at once
+_BLOCK_BYTES = 1 << 24  # what a block of replicas works on should stay in a CPU's cache
 
 
 class BatchedTraining:
@@ -49,46 +51,40 @@ class BatchedTraining:
     ) -> None:
         self.task = task
         self.replicas = len(seeds)
-        self._data = data or prepare(task)
-        self._device, self._dtype = torch.device(device), dtype
-        skeleton = build_model(task.model, self._data.dataset)
-        # Decayed parameters first, so that weight decay acts on one leading slice of the buffer.
-        named = sorted(skeleton.named_parameters(), key=lambda item: item[1].ndim < 2)
-        self._slices: dict[str, tuple[int, torch.Size]] = {}
-        self.parameters = 0
-        for name, parameter in named:
-            self._slices[name] = (self.parameters, parameter.shape)
-            self.parameters += parameter.numel()
-        self._decayed = sum(parameter.numel() for _, parameter in named if parameter.ndim >= 2)
-
-        self._values, self._gradients, self._momentum = (self._buffer() for _ in range(3))
-        self._square = self._buffer() if task.optimizer == "adamw" else None
-        self._steps = np.zeros(self.replicas, np.int64)
-        self._streams = [self._new_streams(seed, skeleton) for seed in seeds]
-        self._masks = [
-            MaskSource([streams.masks[k] for streams in self._streams], self._device)
-            for k in range(len(self._streams[0].masks))
+        data = data or prepare(task)
+        job = _Job(task, data, torch.device(device), dtype)
+        self.parameters = job.parameters
+        self.has_dropout = job.dropouts > 0
+        self._state = {
+            name: torch.zeros(self.replicas, job.parameters, device=device, dtype=dtype)
+            for name in ("values", "gradients", "momentum", "square")
+            if name != "square" or task.optimizer == "adamw"
+        }
+        size = job.block_size(self.replicas)
+        self._blocks = [
+            _Block(job, {name: buffer[start : start + size] for name, buffer in self._state.items()}, seeds[start : start + size])
+            for start in range(0, self.replicas, size)
         ]
-        self._leaves = self._views(self._values)
-        for leaf, gradient in zip(self._leaves.values(), self._views(self._gradients).values(), strict=True):
-            leaf.requires_grad_(True).grad = gradient  # backward() adds to these views in place
-        self._forward = replicate(skeleton, self._leaves, self._masks)
-        for replica in range(self.replicas):
-            self._initialize(replica)
-        train = self._data.dataset.train
-        self._inputs, self._targets = self._place(train.inputs), self._place(train.targets)
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether the model has dropout layers."""
-        return bool(self._masks)
+        self._block_of = [(block, row) for block in self._blocks for row in range(block.replicas)]
 
     def restart(self, replica: int, seed: int) -> None:
         """Start one replica afresh from a new seed; the others are untouched."""
-        streams = self._streams[replica] = self._new_streams(seed)
-        for source, stream in zip(self._masks, streams.masks, strict=True):
-            source.restart(replica, stream)
-        self._initialize(replica)
+        block, row = self._block_of[replica]
+        block.restart(row, seed)
+
+    def snapshot(self, replica: int) -> dict[str, Tensor]:
+        """Copy of one replica's weights and optimizer state."""
+        block, row = self._block_of[replica]
+        kept = {name: buffer[replica].clone() for name, buffer in self._state.items() if name != "gradients"}
+        return kept | {"steps": torch.tensor(block.steps[row])}
+
+    def restore(self, replica: int, snapshot: Mapping[str, Tensor]) -> None:
+        """Set one replica back to a snapshot; its data order and dropout masks go on where they are."""
+        block, row = self._block_of[replica]
+        block.steps[row] = int(snapshot["steps"])
+        for name, buffer in self._state.items():
+            if name != "gradients":
+                buffer[replica].copy_(snapshot[name])
 
     def advance(self, hyperparameters: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
         """Train every replica for one interval.
@@ -100,177 +96,273 @@ class BatchedTraining:
         Returns:
             The interval's signals, each `[replicas]`, by the definitions of `inner_models.signals`.
         """
-        plan = _Plan(self._data.interval_examples, hyperparameters["batch_size"], self._steps)
-        self._steps = plan.done
-        rows = len(self._data.dataset.train)
-        order = np.stack([draw_order(rows, plan.micro_steps * MICRO_BATCH, s.order) for s in self._streams])
-        batches = torch.from_numpy(order).to(self._device).view(self.replicas, plan.micro_steps, MICRO_BATCH)
-        batches = batches.transpose(0, 1).contiguous()
-        rates = self._column(hyperparameters["dropout"])
-        for source in self._masks:
-            source.set_rates(rates.squeeze(1))
-            source.active = True
-        update = self._updater(hyperparameters, plan)
-
-        start = self._values.clone()
-        self._gradients.zero_()
-        total = torch.zeros(self.replicas, device=self._device, dtype=self._dtype)
-        sums = torch.zeros(4, self.replicas, device=self._device, dtype=self._dtype)
-        with warnings.catch_warnings():
-            # Views into a flat buffer are not dense; copying gradients instead costs a third of the throughput.
-            warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
-            for step in range(plan.micro_steps):
-                chosen = batches[step]
-                losses = self._losses(self._inputs[chosen], self._targets[chosen])
-                losses.sum().backward()  # type: ignore[no-untyped-call]
-                total += losses.detach()
-                update(step, sums)
-
-        with torch.no_grad():
-            norms = torch.linalg.vector_norm(self._values, dim=1)
-            moved = torch.linalg.vector_norm(self._values - start, dim=1)
-            count, norm, square, cosine = sums
-            mean = norm / count
-            signals = {
-                "train_loss": total / plan.micro_steps,
-                "grad_norm": mean,
-                "grad_norm_std": (square / count - mean.square()).clamp_min(0).sqrt(),
-                "grad_cosine": cosine / count,
-                "update_ratio": moved / norms.clamp_min(1e-12),
-            }
-        result = {name: value.double().cpu().numpy() for name, value in signals.items()}
+        parts = batch_parts(hyperparameters["batch_size"])
+        values = np.stack([parts, *(hyperparameters[name] for name in ("lr", "weight_decay", "dropout"))])
+        bounds = np.cumsum([block.replicas for block in self._blocks])[:-1]
+        signals = [
+            block.advance(*columns)
+            for block, columns in zip(self._blocks, np.split(values, bounds, axis=1), strict=True)
+        ]
+        result = {name: torch.cat([part[name] for part in signals]).double().cpu().numpy() for name in signals[0]}
         result["val_loss"] = self.evaluate("val")
         return {name: result[name] for name in SIGNALS}
 
-    @torch.no_grad()
     def evaluate(self, split: Literal["train", "val", "test"]) -> NDArray[np.float64]:
         """Mean loss of each replica on a split, dropout off, `[replicas]`.
 
         Raises:
             LookupError: the test split was not handed to this run.
         """
-        rows: Split | None = getattr(self._data.dataset, split)
-        if rows is None:
-            raise LookupError(f"this run was made without the {split} split")
-        for source in self._masks:
-            source.active = False
-        size = max(1, _EVALUATION_ROWS // self.replicas)
-        total = torch.zeros(self.replicas, device=self._device, dtype=torch.float64)
-        for x, y in zip(torch.split(rows.inputs, size), torch.split(rows.targets, size), strict=True):
-            inputs = self._place(x).expand(self.replicas, *x.shape)
-            targets = self._place(y).expand(self.replicas, *y.shape)
-            total += self._losses(inputs, targets).double() * len(x)
-        return (total / len(rows.inputs)).cpu().numpy()
+        return torch.cat([block.evaluate(split) for block in self._blocks]).cpu().numpy()
 
-    def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return elementwise_loss(self._forward(inputs), targets, self._data.loss).flatten(1).mean(1)
 
-    def _updater(self, hyperparameters: Mapping[str, NDArray[np.float64]], plan: _Plan) -> _Update:
-        lr, decay = self._column(hyperparameters["lr"]), self._column(hyperparameters["weight_decay"])
-        adamw = self._square is not None
-        lr_by_step = self._columns(plan.full) * lr
-        keep = 1 - self._columns(plan.full)
-        mean = self._columns(plan.full / np.maximum(plan.batch_parts, 1))
-        measured = self._columns(plan.measured)
-        correction1 = self._columns(1 - _BETA1**plan.steps)
-        correction2 = self._columns(np.sqrt(1 - _BETA2**plan.steps))
-        p, g, m, v = self._values, self._gradients, self._momentum, self._square
-        decayed = slice(0, self._decayed)
+class _Job:
+    """What the blocks of one engine share."""
 
-        @torch.no_grad()
-        def update(step: int, sums: Tensor) -> None:
-            if not plan.any_full[step]:
-                return
-            scaled = g * mean[step]
-            full = 1 - keep[step]
-            if plan.any_measured[step]:
-                norm = torch.linalg.vector_norm(scaled, dim=1)
-                dot = torch.linalg.vecdot(scaled, m)
-                cosine = dot / (norm * torch.linalg.vector_norm(m, dim=1)).clamp_min(1e-12)
-                sums += measured[step].T * torch.stack([torch.ones_like(norm), norm, norm.square(), cosine])
-            if adamw:
-                assert v is not None
-                p[:, decayed].mul_(1 - lr_by_step[step] * decay)
-                m.lerp_(scaled, full * (1 - _BETA1))
-                v.lerp_(scaled.square_(), full * (1 - _BETA2))
-                denominator = torch.sqrt(v, out=scaled).div_(correction2[step]).add_(_EPS)
-                p.sub_(torch.div(m, denominator, out=denominator).mul_(lr_by_step[step] / correction1[step]))
-            else:
-                scaled[:, decayed].addcmul_(p[:, decayed], full * decay)
-                # torch.optim.SGD: buffer = momentum * buffer + gradient (the first step's buffer is the gradient)
-                m.mul_(1 - full * (1 - SGD_MOMENTUM)).add_(scaled)
-                p.sub_(torch.mul(m, lr_by_step[step], out=scaled))
-            if plan.all_full[step]:
-                g.zero_()
-            else:
-                g.mul_(keep[step])
+    def __init__(self, task: Task, data: TaskData, device: torch.device, dtype: torch.dtype) -> None:
+        self.task, self.data, self.device, self.dtype = task, data, device, dtype
+        self.skeleton = build_model(task.model, data.dataset)
+        self.dropouts = sum(isinstance(module, Dropout) for module in self.skeleton.modules())
+        self.slices: dict[str, tuple[int, torch.Size]] = {}
+        self.parameters = 0
+        decays = []
+        for name, parameter in self.skeleton.named_parameters():
+            self.slices[name] = (self.parameters, parameter.shape)
+            self.parameters += parameter.numel()
+            decays.append(torch.full((parameter.numel(),), float(parameter.ndim >= 2)))
+        self.decays = torch.cat(decays).to(device, dtype)
+        self.workspace = Workspace(device, dtype)
+        self._images = takes_images(self.skeleton)
+        train = data.dataset.train
+        self.inputs, self.targets = self.place_inputs(train.inputs), self.place(train.targets)
 
-        return update
+    def place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
-    def _new_streams(self, seed: int, model: torch.nn.Module | None = None) -> Streams:
-        dropouts = len(self._masks) if model is None else sum(isinstance(m, Dropout) for m in model.modules())
-        return Streams(seed, dropouts)
+    def place_inputs(self, inputs: Tensor) -> Tensor:
+        return self.place(inputs.movedim(1, -1).contiguous() if self._images else inputs)
+
+    def block_size(self, replicas: int) -> int:
+        """Replicas that train as one: all of them on a GPU; as many as the cache holds on a CPU."""
+        if self.device.type != "cpu":
+            return replicas
+        units = sum(_output_units(self.skeleton, self.data.dataset.train.inputs[:MICRO_BATCH]))
+        bytes_each = self.decays.element_size() * (4 * self.parameters + 3 * units)
+        blocks = -(-replicas // max(1, _BLOCK_BYTES // bytes_each))
+        return -(-replicas // blocks)
+
+
+def _output_units(model: nn.Module, inputs: Tensor) -> list[int]:
+    """Sizes of the outputs of all layers."""
+    sizes: list[int] = []
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output: sizes.append(output.numel()))
+        for module in model.modules()
+        if not list(module.children())
+    ]
+    with torch.no_grad():
+        model(inputs)
+    for hook in hooks:
+        hook.remove()
+    return sizes
+
+
+class _Block:
+    """Replicas that run in lockstep.
+
+    Args:
+        state: rows of the engine's buffers.
+        seeds: one a replica.
+    """
+
+    def __init__(self, job: _Job, state: Mapping[str, Tensor], seeds: Sequence[int]) -> None:
+        self._job, self._state = job, state
+        self.replicas = len(seeds)
+        self.steps = np.zeros(self.replicas, np.int64)
+        self._streams = [Streams(seed, job.dropouts) for seed in seeds]
+        self._masks = [
+            MaskSource([streams.masks[index] for streams in self._streams], job.device, job.dtype)
+            for index in range(job.dropouts)
+        ]
+        self._parameters = {
+            name: Parameter(*(self._view(state[kind], name) for kind in ("values", "gradients"))) for name in job.slices
+        }
+        inputs, targets = job.inputs, job.targets
+        shape = (self.replicas, MICRO_BATCH)
+        self._x = job.workspace.buffer("x", (*shape, *inputs.shape[1:]), inputs.dtype)
+        self._y = job.workspace.buffer("y", (*shape, *targets.shape[1:]), targets.dtype)
+        self._programs = {fresh: self._record(self._x, self._y, training=True, fresh=fresh) for fresh in (True, False)}
+        self._evaluations: dict[int, tuple[Tensor, Tensor, Program, Tensor]] = {}
+        for row in range(self.replicas):
+            self._initialize(row)
+
+    def restart(self, row: int, seed: int) -> None:
+        streams = self._streams[row] = Streams(seed, self._job.dropouts)
+        for source, stream in zip(self._masks, streams.masks, strict=True):
+            source.restart(row, stream)
+        self._initialize(row)
 
     @torch.no_grad()
-    def _initialize(self, replica: int) -> None:
-        model = build_model(self.task.model, self._data.dataset, self._streams[replica].init)
-        for name, parameter in model.named_parameters():
-            self._leaves[name].data[replica].copy_(parameter)
-        for buffer in (self._gradients, self._momentum, self._square):
-            if buffer is not None:
-                buffer[replica].zero_()
-        self._steps[replica] = 0
-
-    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
+    def advance(
+        self,
+        parts: NDArray[np.float64],
+        lr: NDArray[np.float64],
+        weight_decay: NDArray[np.float64],
+        dropout: NDArray[np.float64],
+    ) -> dict[str, Tensor]:
+        """Train for one interval. All arguments are `[replicas]`, `parts` in micro-batches a batch."""
+        job = self._job
+        plan = _Plan(job.data.interval_examples // MICRO_BATCH, parts.astype(np.int64), self.steps)
+        self.steps = plan.done
+        order = [draw_order(len(job.inputs), plan.micro_steps * MICRO_BATCH, s.order) for s in self._streams]
+        batches = np.stack(order).reshape(self.replicas, plan.micro_steps, MICRO_BATCH).swapaxes(0, 1)
+        chosen = torch.from_numpy(batches.reshape(plan.micro_steps, -1)).to(job.device)
+        for source in self._masks:
+            source.set_rates(dropout)
+        columns = self._place(plan.columns(job.task.optimizer, lr, weight_decay))
+        measured = self._place(plan.measured)
+        update = STEPS[job.task.optimizer]
+        values, gradients, momentum = (self._state[name] for name in ("values", "gradients", "momentum"))
+        moments = [momentum, self._state["square"]] if "square" in self._state else [momentum]
+        start = values.clone()
+        total, sums = self._place(np.zeros(self.replicas)), self._place(np.zeros((4, self.replicas)))
+        fresh = True
+        for step in range(plan.micro_steps):
+            torch.index_select(job.inputs, 0, chosen[step], out=self._x.flatten(0, 1))
+            torch.index_select(job.targets, 0, chosen[step], out=self._y.flatten(0, 1))
+            program, losses = self._programs[fresh]
+            program.run()
+            total += losses
+            fresh = bool(plan.all_full[step])
+            if plan.any_measured[step]:
+                sums += measured[step] * self._measure(gradients, momentum, columns[step])
+            if plan.any_full[step]:
+                update(values, gradients, *moments, job.decays, columns[step], not fresh)
+        norms = torch.linalg.vector_norm(values, dim=1)
+        moved = torch.linalg.vector_norm(start.sub_(values), dim=1)
+        count, norm, square, cosine = sums
+        mean = norm / count
         return {
-            name: buffer[:, start : start + shape.numel()].view(self.replicas, *shape)
-            for name, (start, shape) in self._slices.items()
+            "train_loss": total / plan.micro_steps,
+            "grad_norm": mean,
+            "grad_norm_std": (square / count - mean.square()).clamp_min(0).sqrt(),
+            "grad_cosine": cosine / count,
+            "update_ratio": moved / norms.clamp_min(1e-12),
         }
 
-    def _buffer(self) -> Tensor:
-        return torch.zeros(self.replicas, self.parameters, device=self._device, dtype=self._dtype)
+    @torch.no_grad()
+    def evaluate(self, split: Literal["train", "val", "test"]) -> Tensor:
+        """Mean losses, `[replicas]`, in double precision."""
+        rows: Split | None = getattr(self._job.data.dataset, split)
+        if rows is None:
+            raise LookupError(f"this run was made without the {split} split")
+        size = max(MICRO_BATCH, _EVALUATION_ROWS // self.replicas)
+        total = torch.zeros(self.replicas, device=self._job.device, dtype=torch.float64)
+        inputs, targets = self._job.place_inputs(rows.inputs), self._job.place(rows.targets)
+        for x, y in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
+            if len(x) not in self._evaluations:
+                x_buffer, y_buffer = torch.empty_like(x), torch.empty_like(y)
+                expanded = (buffer.expand(self.replicas, *buffer.shape) for buffer in (x_buffer, y_buffer))
+                program, losses = self._record(*expanded, training=False)
+                self._evaluations[len(x)] = (x_buffer, y_buffer, program, losses)
+            x_buffer, y_buffer, program, losses = self._evaluations[len(x)]
+            x_buffer.copy_(x)
+            y_buffer.copy_(y)
+            program.run()
+            total += losses.double() * len(x)
+        return total / len(rows.inputs)
 
-    def _place(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
+    def _record(self, x: Tensor, y: Tensor, *, training: bool, fresh: bool = False) -> tuple[Program, Tensor]:
+        """The program of a micro-step or of an evaluation, and the buffer of its losses."""
+        tape = Tape(self._job.workspace, training=training, fresh=fresh)
+        with torch.no_grad():
+            outputs, backward = record(self._job.skeleton, self._parameters, self._masks, tape, x)
+            losses, gradient = record_loss(tape, outputs, y, self._job.data.loss)
+            if training:
+                backward(gradient)
+        return tape.program, losses
 
-    def _column(self, values: NDArray[np.float64]) -> Tensor:
-        return torch.as_tensor(values, dtype=self._dtype).to(self._device).unsqueeze(1)
+    @staticmethod
+    def _measure(gradients: Tensor, momentum: Tensor, columns: Tensor) -> Tensor:
+        """`[4, replicas]`: one, the norm of the batch gradient, its square, its cosine with the momentum."""
+        norm = torch.linalg.vector_norm(gradients, dim=1)
+        dot = torch.linalg.vecdot(gradients, momentum)
+        cosine = dot / (norm * torch.linalg.vector_norm(momentum, dim=1)).clamp_min(1e-12)
+        norm = norm * columns[:, 0]
+        return torch.stack([torch.ones_like(norm), norm, norm.square(), cosine])
 
-    def _columns(self, values: NDArray[np.generic]) -> Tensor:
-        """`[micro steps, replicas]` to `[micro steps, replicas, 1]` on the device."""
-        return torch.from_numpy(np.asarray(values, np.float64)).to(self._device, self._dtype).unsqueeze(2)
+    @torch.no_grad()
+    def _initialize(self, row: int) -> None:
+        model = build_model(self._job.task.model, self._job.data.dataset, self._streams[row].init)
+        for buffer in self._state.values():
+            buffer[row].zero_()
+        for name, parameter in model.named_parameters():
+            self._parameters[name].value[row].copy_(parameter)
+        self.steps[row] = 0
+
+    def _view(self, buffer: Tensor, name: str) -> Tensor:
+        start, shape = self._job.slices[name]
+        return buffer[:, start : start + shape.numel()].view(self.replicas, *shape)
+
+    def _place(self, values: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.asarray(values, np.float64)).to(self._job.device, self._job.dtype)
 
 
-class _Update(Protocol):
-    """Signature of the optimizer step: `(micro step, running signal sums)`."""
+def batch_parts(batch_sizes: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Batch sizes in micro-batches.
 
-    def __call__(self, step: int, sums: Tensor) -> None: ...
+    Raises:
+        ValueError: a size is not a positive multiple of `MICRO_BATCH`.
+    """
+    parts = np.rint(np.nan_to_num(batch_sizes, posinf=0.0) / MICRO_BATCH).astype(np.int64)
+    if (parts < 1).any() or not np.allclose(parts * MICRO_BATCH, batch_sizes):
+        raise ValueError(f"batch sizes must be multiples of {MICRO_BATCH}, not {np.asarray(batch_sizes)}")
+    return parts
 
 
 class _Plan:
     """Which replica steps at which micro-step of an interval: known on the host, so that nothing waits for the device.
 
-    Attributes (all `[micro steps, replicas]` unless said):
-        micro_steps: number of micro-steps, an int.
-        full: the replica's batch is full (or the interval ends) and it steps.
-        batch_parts: micro-batches in the batch then full.
-        steps: the replica's optimizer steps so far in its run, this one included (at least 1).
-        measured: the step is one whose gradient is measured.
+    Args:
+        micro_steps: micro-steps in the interval.
+        parts: `[replicas]`, micro-batches in a batch.
+        before: `[replicas]`, optimizer steps before the interval.
+
+    Attributes:
+        full: `[micro steps, replicas]`, the replica's batch is full (or the interval ends) and it steps.
+        batch_parts: `[micro steps, replicas]`, micro-batches in the batch then full.
+        steps: `[micro steps, replicas]`, the replica's optimizer steps so far, this one included (at least 1).
+        measured: `[micro steps, replicas]`, the step is one whose gradient is measured.
+        any_full, all_full, any_measured: `[micro steps]`.
         done: `[replicas]`, optimizer steps in all once the interval is over.
     """
 
-    def __init__(self, examples: int, batch_sizes: NDArray[np.float64], done: NDArray[np.int64]) -> None:
-        parts = np.rint(np.nan_to_num(batch_sizes, posinf=0.0) / MICRO_BATCH).astype(np.int64)
-        if (parts < 1).any() or not np.allclose(parts * MICRO_BATCH, batch_sizes):
-            raise ValueError(f"batch sizes must be multiples of {MICRO_BATCH}, not {np.asarray(batch_sizes)}")
-        self.micro_steps = examples // MICRO_BATCH
-        position = np.arange(1, self.micro_steps + 1)[:, None]
-        last = position == self.micro_steps
-        self.full = (position % parts == 0) | last
+    def __init__(self, micro_steps: int, parts: NDArray[np.int64], before: NDArray[np.int64]) -> None:
+        self.micro_steps = micro_steps
+        position = np.arange(1, micro_steps + 1)[:, None]
+        self.full = (position % parts == 0) | (position == micro_steps)
         self.batch_parts = np.where(position % parts == 0, parts, position % parts)
         index = np.cumsum(self.full, axis=0) - 1
-        self.steps = np.maximum(done + index + 1, 1)
+        self.steps = np.maximum(before + index + 1, 1)
         self.measured = self.full & (index % MEASURE_EVERY == 0)
         self.any_full, self.all_full = self.full.any(1), self.full.all(1)
         self.any_measured = self.measured.any(1)
-        self.done = done + index[-1] + 1
+        self.done = before + index[-1] + 1
+
+    def columns(
+        self, optimizer: str, lr: NDArray[np.float64], weight_decay: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """The scalars of every step, `[micro steps, replicas, ...]`, as `inner_models.updates` takes them."""
+        ones = np.ones_like(self.full, np.float64)
+        if optimizer == "sgd":
+            table = [1 / self.batch_parts, ones * weight_decay, ones * (1 - SGD_MOMENTUM), ones * lr]
+        else:
+            table = [
+                1 / self.batch_parts,
+                ones * (1 - BETA1),
+                ones * (1 - BETA2),
+                ones * lr * weight_decay,
+                lr / (1 - BETA1**self.steps),
+                1 / np.sqrt(1 - BETA2**self.steps),
+            ]
+        return np.stack(table, axis=2) * self.full[:, :, None]

@@ -1,128 +1,149 @@
-"""Replicated twins of the layers in `inner_models.models`: the same mathematics with a leading replica dimension.
+"""Replicated twins of the layers in `inner_models.models`: the same mathematics for many replicas at once.
 
-`replicate` turns a module into a function of inputs `[replicas, batch, ...]` and of parameters
-`[replicas, *parameter shape]`. A layer type is supported when it has a registered twin.
+A twin records the calls of its forward pass on a tape and returns the function that records those of its backward pass.
+Inputs are `[replicas, batch, ...]` (images channels-last), parameters `[replicas, *parameter shape]`. No call writes into
+its layer's input or into the gradient of its output, so layers may be combined freely.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import singledispatch
+from itertools import product
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
-from inner_models.models import GRU, Attention, Dropout, Last, Mean, Position, Residual, attend
+from inner_models.masks import MaskSource
+from inner_models.models import GRU, Attention, Dropout, Last, Mean, Position, Residual
+from inner_models.programs import Tape
+from inner_models.tasks import Loss
 
-Forward = Callable[[Tensor], Tensor]
-Parameters = Mapping[str, Tensor]
+Backward = Callable[[Tensor], Tensor]
+"""Records a backward pass: gradient of the layer's output to gradient of its input."""
 
-_REFILL_BYTES = 1 << 24
+_aten = torch.ops.aten
 
 
-def replicate(model: nn.Module, parameters: Parameters, masks: list[MaskSource]) -> Forward:
-    """The replicated forward pass of `model`.
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of all replicas, `[replicas, *shape]`: views into the engine's flat buffers."""
+
+    value: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a layer stands in the model.
+
+    Attributes:
+        name: its path; names its buffers.
+        parameters: its own, by name.
+        masks: its mask source, if it is a dropout layer.
+        first: no layer before it has parameters, so nothing needs its input's gradient.
+        channels_last: its input is an image that a convolution has seen.
+    """
+
+    name: str
+    parameters: Mapping[str, Parameter]
+    masks: MaskSource | None = None
+    first: bool = False
+    channels_last: bool = False
+
+    def __getitem__(self, name: str) -> Parameter:
+        return self.parameters[name]
+
+
+def takes_images(model: nn.Sequential) -> bool:
+    """Whether the model's twin wants its input channels-last, `[..., height, width, channels]`."""
+    return isinstance(model[0], nn.Conv2d)
+
+
+def record(
+    model: nn.Sequential, parameters: Mapping[str, Parameter], masks: list[MaskSource], tape: Tape, x: Tensor
+) -> tuple[Tensor, Backward]:
+    """Record the replicated forward pass of `model`.
 
     Args:
-        parameters: name in `model.named_parameters()` -> `[replicas, *shape]`.
+        parameters: by their names in `model.named_parameters()`.
         masks: one source a `Dropout` module, in the order of `model.modules()`.
+        x: the buffer that will hold the inputs, `[replicas, batch, ...]`.
+
+    Returns:
+        The buffer that will hold the outputs, and what records the backward pass.
 
     Raises:
         NotImplementedError: the model holds a layer type without a replicated twin.
     """
-    dropouts = {id(m): source for m, source in zip(_dropouts(model), masks, strict=True)}
+    dropouts = [module for module in model.modules() if isinstance(module, Dropout)]
+    sources = {id(module): source for module, source in zip(dropouts, masks, strict=True)}
+    return _chain(model, "", parameters, sources, tape, x, outermost=True)
 
-    def build(module: nn.Module, prefix: str) -> Forward:
-        _check_options(module)
-        if isinstance(module, Dropout):
-            return dropouts[id(module)].apply
-        if isinstance(module, nn.Sequential):
-            return _chain([build(child, f"{prefix}{name}.") for name, child in module.named_children()])
+
+def _chain(
+    model: nn.Sequential,
+    prefix: str,
+    parameters: Mapping[str, Parameter],
+    sources: Mapping[int, MaskSource],
+    tape: Tape,
+    x: Tensor,
+    outermost: bool = False,
+) -> tuple[Tensor, Backward]:
+    steps: list[Backward] = []
+    first, images = outermost, False
+    for key, module in model.named_children():
+        name = f"{prefix}{key}."
         if isinstance(module, Residual):
-            body = build(module.body, f"{prefix}body.")
-            return lambda x: x + body(x)
-        own = {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
-        return _twin(module, own)
+            x, backward = _residual(module, name, parameters, sources, tape, x)
+        else:
+            _check_options(module)
+            own = {path.removeprefix(name): value for path, value in parameters.items() if path.startswith(name)}
+            site = Site(name, own, sources.get(id(module)), first, images)
+            x, backward = _twin(module, site, tape, x)
+        if first and not any(True for _ in module.parameters()):
+            continue  # nothing before the first parameters needs a gradient
+        first = False
+        images |= isinstance(module, nn.Conv2d)
+        steps.append(backward)
 
-    return build(model, "")
+    def all_backward(gradient: Tensor) -> Tensor:
+        for step in reversed(steps):
+            gradient = step(gradient)
+        return gradient
 
-
-def _dropouts(model: nn.Module) -> list[Dropout]:
-    return [module for module in model.modules() if isinstance(module, Dropout)]
-
-
-def _chain(steps: list[Forward]) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        for step in steps:
-            x = step(x)
-        return x
-
-    return forward
-
-
-class MaskSource:
-    """Dropout masks of one module for all replicas, drawn from one stream of bytes a replica.
-
-    The bytes are those that `models.Dropout` draws, so a replica sees the masks of its reference run.
-
-    Attributes:
-        threshold: `[replicas]` uint8; a unit is kept when its byte is at or above it.
-    """
-
-    def __init__(self, streams: list[np.random.Generator], device: torch.device) -> None:
-        self._streams = streams
-        self._device = device
-        self._buffer: NDArray[np.uint8] | None = None
-        self._at = 0
-        self.active = False
-
-    def set_rates(self, rates: Tensor) -> None:
-        """Set the dropout rate of each replica, `[replicas]`, rounded to multiples of 1/256."""
-        threshold = (rates * 256).round()
-        self.threshold = threshold.to(torch.uint8)
-        self.scale = 256 / (256 - threshold)
-
-    def restart(self, replica: int, stream: np.random.Generator) -> None:
-        """Give one replica a new stream."""
-        self._streams[replica] = stream
-        if self._buffer is not None and self._at < self._buffer.shape[1]:  # bytes(0) would move the stream
-            self._draw(self._buffer, replica, self._at)
-
-    def apply(self, x: Tensor) -> Tensor:
-        if not self.active:
-            return x
-        shape = (x.shape[0],) + (1,) * (x.dim() - 1)
-        drawn = torch.from_numpy(self._take(x[0].numel())).to(self._device, non_blocking=True).view(x.shape)
-        return x * (drawn >= self.threshold.view(shape)) * self.scale.view(shape)
-
-    def _take(self, size: int) -> NDArray[np.uint8]:
-        if self._buffer is None or self._at == self._buffer.shape[1]:
-            replicas = len(self._streams)
-            self._buffer = np.empty((replicas, size * max(1, _REFILL_BYTES // (size * replicas))), np.uint8)
-            for replica in range(replicas):
-                self._draw(self._buffer, replica, 0)
-            self._at = 0
-        self._at += size
-        return self._buffer[:, self._at - size : self._at]
-
-    def _draw(self, buffer: NDArray[np.uint8], replica: int, start: int) -> None:
-        count = buffer.shape[1] - start
-        buffer[replica, start:] = np.frombuffer(self._streams[replica].bytes(count), np.uint8)
+    return x, all_backward
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    flat = x.reshape(x.shape[0], -1, x.shape[-1])
-    out = torch.baddbmm(bias.unsqueeze(1), flat, weight.transpose(1, 2))
-    return out.view(*x.shape[:-1], weight.shape[1])
+def _residual(
+    module: Residual,
+    name: str,
+    parameters: Mapping[str, Parameter],
+    sources: Mapping[int, MaskSource],
+    tape: Tape,
+    x: Tensor,
+) -> tuple[Tensor, Backward]:
+    inner, body = _chain(module.body, f"{name}body.", parameters, sources, tape, x)
+    out = tape.workspace.buffer(f"{name}out", tuple(x.shape))
+    tape.call(torch.add, x, inner, out=out)
+
+    def backward(g: Tensor) -> Tensor:
+        through = body(g)
+        gx = tape.workspace.buffer(f"{name}gx", tuple(x.shape))
+        tape.call(torch.add, g, through, out=gx)
+        return gx
+
+    return out, backward
 
 
 _ONLY: dict[type[nn.Module], dict[str, object]] = {
     nn.Flatten: {"start_dim": 1, "end_dim": -1},
     nn.Conv2d: {"padding_mode": "zeros", "stride": (1, 1), "dilation": (1, 1), "groups": 1},
+    nn.AvgPool2d: {"stride": 2, "kernel_size": 2, "padding": 0, "ceil_mode": False},
+    nn.GroupNorm: {"num_groups": 1},
+    nn.GELU: {"approximate": "none"},
     GRU: {"num_layers": 1, "bidirectional": False, "batch_first": True, "dropout": 0.0},
 }
 """Options of layers that their twins know, where they know only one."""
@@ -138,117 +159,478 @@ def _check_options(module: nn.Module) -> None:
 
 
 @singledispatch
-def _twin(module: nn.Module, p: Parameters) -> Forward:
+def _twin(module: nn.Module, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
     raise NotImplementedError(f"{type(module).__name__} has no replicated twin")
 
 
-@_twin.register(nn.ReLU)
-@_twin.register(nn.GELU)
-@_twin.register(nn.Tanh)
-@_twin.register(nn.SiLU)
-@_twin.register(Mean)
-@_twin.register(Last)
-def _unchanged(module: nn.Module, p: Parameters) -> Forward:
-    """Layers that act on trailing dimensions alone."""
-    return module.forward
+@_twin.register
+def _dropout(module: Dropout, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    if not tape.training:
+        return x, _no_backward
+    assert site.masks is not None
+    shape = tuple(x.shape)
+    flat = (shape[0], math.prod(shape[1:]))
+    keep = tape.workspace.buffer("keep", flat, torch.bool)
+    mask = tape.workspace.buffer(f"{site.name}mask", flat)
+    tape.program.add_before(site.masks.fill, keep, mask)
+    out = tape.workspace.buffer(f"{site.name}out", shape)
+    tape.call(torch.mul, x, mask.view(shape), out=out)
+
+    def backward(g: Tensor) -> Tensor:
+        gx = tape.workspace.buffer(f"{site.name}gx", shape)
+        tape.call(torch.mul, g, mask.view(shape), out=gx)
+        return gx
+
+    return out, backward
+
+
+def _no_backward(gradient: Tensor) -> Tensor:
+    raise AssertionError("an evaluation has no backward pass")
 
 
 @_twin.register
-def _flatten(module: nn.Flatten, p: Parameters) -> Forward:
-    return lambda x: x.flatten(2)
+def _relu(module: nn.ReLU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    out = _like(tape, site, "out", x)
+    tape.call(torch.clamp_min, x, 0, out=out)
+
+    def backward(g: Tensor) -> Tensor:
+        gx = _like(tape, site, "gx", x)
+        tape.call(_aten.threshold_backward.grad_input, g, out, 0, grad_input=gx)
+        return gx
+
+    return out, backward
 
 
 @_twin.register
-def _linear_twin(module: nn.Linear, p: Parameters) -> Forward:
-    return lambda x: _linear(x, p["weight"], p["bias"])
+def _gelu(module: nn.GELU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    out = _like(tape, site, "out", x)
+    tape.call(_aten.gelu.out, x, out=out)
+
+    def backward(g: Tensor) -> Tensor:
+        gx = _like(tape, site, "gx", x)
+        tape.call(_aten.gelu_backward.grad_input, g, x, grad_input=gx)
+        return gx
+
+    return out, backward
 
 
 @_twin.register
-def _conv2d(module: nn.Conv2d, p: Parameters) -> Forward:
-    """One batched matrix product over unfolded patches: many small kernels defeat grouped convolution."""
-    kernel, padding = module.kernel_size, module.padding
-    if isinstance(padding, str):
+def _silu(module: nn.SiLU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    out = _like(tape, site, "out", x)
+    tape.call(_aten.silu.out, x, out=out)
+
+    def backward(g: Tensor) -> Tensor:
+        gx = _like(tape, site, "gx", x)
+        tape.call(_aten.silu_backward.grad_input, g, x, grad_input=gx)
+        return gx
+
+    return out, backward
+
+
+@_twin.register
+def _tanh(module: nn.Tanh, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    out = _like(tape, site, "out", x)
+    tape.tanh(x, out)
+
+    def backward(g: Tensor) -> Tensor:
+        gx = _like(tape, site, "gx", x)
+        tape.call(_aten.tanh_backward.grad_input, g, out, grad_input=gx)
+        return gx
+
+    return out, backward
+
+
+@_twin.register
+def _flatten(module: nn.Flatten, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    """`nn.Flatten` of a channels-last image puts the channels first, as the reference has them."""
+    if not site.channels_last:
+        return tape.view(site.name, x, *x.shape[:2], -1), lambda g: g.view(x.shape)
+    replicas, batch, height, width, channels = x.shape
+    out = tape.workspace.buffer(f"{site.name}out", (replicas, batch, channels, height, width))
+    tape.call(out.copy_, x.movedim(-1, 2))
+
+    def backward(g: Tensor) -> Tensor:
+        gx = _like(tape, site, "gx", x)
+        tape.call(gx.copy_, g.view(out.shape).movedim(2, -1))
+        return gx
+
+    return out.flatten(2), backward
+
+
+@_twin.register
+def _last(module: Last, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    def backward(g: Tensor) -> Tensor:
+        gx = tape.workspace.zeros(f"{site.name}gx", tuple(x.shape))  # stays zero elsewhere
+        tape.call(gx.select(-2, -1).copy_, g)
+        return gx
+
+    return x.select(-2, -1), backward
+
+
+@_twin.register
+def _mean(module: Mean, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    replicas, batch, length, width = x.shape
+    out = tape.workspace.buffer(f"{site.name}out", (replicas, batch, width))
+    tape.call(torch.mean, x, -2, out=out)
+
+    def backward(g: Tensor) -> Tensor:
+        gx = _like(tape, site, "gx", x)
+        tape.call(torch.div, g.unsqueeze(2).expand(x.shape), length, out=gx)
+        return gx
+
+    return out, backward
+
+
+@_twin.register
+def _linear(module: nn.Linear, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    return _affine(tape, site.name, site["weight"], site["bias"], x, site.first)
+
+
+def _affine(
+    tape: Tape, name: str, weight: Parameter, bias: Parameter, x: Tensor, first: bool = False
+) -> tuple[Tensor, Backward]:
+    """x @ weight.T + bias."""
+    replicas, outputs, inputs = weight.value.shape
+    rows = tape.view(name, x, replicas, -1, inputs)
+    out = tape.workspace.buffer(f"{name}out", (*x.shape[:-1], outputs))
+    flat = out.view(replicas, -1, outputs)
+    tape.matmul(rows, weight.value.transpose(1, 2), flat)
+    tape.call(flat.add_, bias.value.unsqueeze(1))
+
+    def backward(g: Tensor) -> Tensor:
+        flat = tape.view(f"{name}g", g, replicas, -1, outputs)
+        tape.add_product(weight.gradient, flat.transpose(1, 2), rows)
+        tape.add_sum(bias.gradient, flat, 1)
+        if first:
+            return g
+        gx = tape.workspace.buffer(f"{name}gx", tuple(x.shape))
+        tape.matmul(flat, weight.value, gx.view(replicas, -1, inputs))
+        return gx
+
+    return out, backward
+
+
+@_twin.register
+def _conv2d(module: nn.Conv2d, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    """One batched matrix product over patches; columns are ordered (kernel row, kernel column, channel)."""
+    if isinstance(module.padding, str):
         raise NotImplementedError(f"{module} has no replicated twin: padding must be given in numbers")
+    replicas, batch, height, width, channels = x.shape
+    (rows, columns), (above, left) = module.kernel_size, module.padding
+    out_height, out_width = height + 2 * above - rows + 1, width + 2 * left - columns + 1
+    weight, bias, outputs = site["weight"], site["bias"], module.out_channels
+    buffer = tape.workspace.buffer
+    pixels, taps = batch * out_height * out_width, rows * columns * channels
 
-    def forward(x: Tensor) -> Tensor:
-        replicas, batch, channels, height, width = x.shape
-        patches = functional.unfold(x.reshape(replicas * batch, channels, height, width), kernel, padding=padding)
-        patches = patches.view(replicas, batch, patches.shape[1], -1).transpose(1, 2).flatten(2)
-        out = torch.baddbmm(p["bias"].unsqueeze(2), p["weight"].flatten(2), patches)
-        return out.view(replicas, -1, batch, height, width).transpose(1, 2)
+    padded = tape.workspace.zeros(
+        f"{site.name}padded", (replicas, batch, height + 2 * above, width + 2 * left, channels)
+    )
+    tape.call(padded[:, :, above : above + height, left : left + width].copy_, x)
+    patches = buffer(f"{site.name}patches", (replicas, pixels, taps))
+    windows = padded.unfold(2, rows, 1).unfold(3, columns, 1).movedim(4, -1)  # [R, B, h, w, rows, columns, channels]
+    if columns * channels >= 16:
+        tape.call(patches.view(windows.shape).copy_, windows)
+    else:  # runs too short for a strided copy to be fast
+        index = torch.arange(padded[0, 0].numel(), device=x.device).view(padded[0, 0].shape)
+        index = index.unfold(0, rows, 1).unfold(1, columns, 1).movedim(2, -1).flatten()
+        images = replicas * batch
+        tape.call(torch.index_select, padded.view(images, -1), 1, index, out=patches.view(images, -1))
+    matrix = buffer(f"{site.name}matrix", (replicas, rows, columns, channels, outputs))
+    tape.call(matrix.copy_, weight.value.permute(0, 3, 4, 2, 1))
+    out = buffer(f"{site.name}out", (replicas, batch, out_height, out_width, outputs))
+    tape.matmul(patches, matrix.view(replicas, taps, outputs), out.view(replicas, pixels, outputs))
+    tape.call(out.view(replicas, pixels, outputs).add_, bias.value.unsqueeze(1))
 
-    return forward
+    def backward(g: Tensor) -> Tensor:
+        flat = tape.view(f"{site.name}g", g, replicas, pixels, outputs)
+        gm = buffer(f"{site.name}gm", tuple(matrix.shape))
+        tape.matmul(patches.transpose(1, 2), flat, gm.view(replicas, taps, outputs))
+        tape.add_gradient(weight.gradient, gm.permute(0, 4, 3, 1, 2))
+        tape.add_sum(bias.gradient, flat, 1)
+        if site.first:
+            return g
+        gp = buffer(f"{site.name}gp", tuple(windows.shape))
+        tape.matmul(flat, matrix.view(replicas, taps, outputs).transpose(1, 2), gp.view(replicas, pixels, taps))
+        gx = buffer(f"{site.name}gx", tuple(padded.shape))
+        tape.call(gx.zero_)
+        for row, column in product(range(rows), range(columns)):
+            part = gx[:, :, row : row + out_height, column : column + out_width]
+            tape.call(part.add_, gp[..., row, column, :])
+        return gx[:, :, above : above + height, left : left + width]
 
-
-@_twin.register
-def _avg_pool2d(module: nn.AvgPool2d, p: Parameters) -> Forward:
-    return lambda x: module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
-@_twin.register
-def _layer_norm(module: nn.LayerNorm, p: Parameters) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        shape = (x.shape[0],) + (1,) * (x.dim() - 2) + module.normalized_shape
-        normalized = functional.layer_norm(x, module.normalized_shape, eps=module.eps)
-        return torch.addcmul(p["bias"].view(shape), normalized, p["weight"].view(shape))
-
-    return forward
-
-
-@_twin.register
-def _group_norm(module: nn.GroupNorm, p: Parameters) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        shape = (x.shape[0], 1, module.num_channels) + (1,) * (x.dim() - 3)
-        normalized = functional.group_norm(x.flatten(0, 1), module.num_groups, eps=module.eps).view(x.shape)
-        return torch.addcmul(p["bias"].view(shape), normalized, p["weight"].view(shape))
-
-    return forward
-
-
-@_twin.register
-def _embedding(module: nn.Embedding, p: Parameters) -> Forward:
-    def forward(tokens: Tensor) -> Tensor:
-        weight = p["weight"]
-        first = torch.arange(weight.shape[0], device=tokens.device) * weight.shape[1]
-        return functional.embedding(tokens + first.view(-1, *[1] * (tokens.dim() - 1)), weight.flatten(0, 1))
-
-    return forward
-
-
-@_twin.register
-def _position(module: Position, p: Parameters) -> Forward:
-    return lambda x: x + p["weight"].unsqueeze(1)
+    return out, backward
 
 
 @_twin.register
-def _attention(module: Attention, p: Parameters) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        qkv = _linear(x, p["qkv.weight"], p["qkv.bias"])
-        mixed = attend(qkv.flatten(0, 1), module.heads, module.causal)
-        return _linear(mixed.reshape(x.shape), p["out.weight"], p["out.bias"])
+def _avg_pool2d(module: nn.AvgPool2d, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    replicas, batch, height, width, channels = x.shape
+    corners = [(slice(row, height // 2 * 2, 2), slice(column, width // 2 * 2, 2)) for row in (0, 1) for column in (0, 1)]
+    out = tape.workspace.buffer(f"{site.name}out", (replicas, batch, height // 2, width // 2, channels))
+    parts = [x[:, :, row, column] for row, column in corners]
+    tape.call(torch.add, parts[0], parts[1], out=out)
+    tape.call(out.add_, parts[2])
+    tape.call(out.add_, parts[3])
+    tape.call(out.mul_, 0.25)
 
-    return forward
+    def backward(g: Tensor) -> Tensor:
+        gx = tape.workspace.zeros(f"{site.name}gx", tuple(x.shape))  # an odd last row or column stays zero
+        for row, column in corners:
+            tape.call(torch.mul, g, 0.25, out=gx[:, :, row, column])
+        return gx
+
+    return out, backward
 
 
 @_twin.register
-def _gru(module: GRU, p: Parameters) -> Forward:
-    """Equations of `torch.nn.GRU`, one layer, one direction."""
+def _layer_norm(module: nn.LayerNorm, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    width = x.shape[-1]
+    return _normalization(tape, site, x, tape.view(site.name, x, x.shape[0], -1, 1, width), module.eps)
+
+
+@_twin.register
+def _group_norm(module: nn.GroupNorm, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    replicas, batch, *_, channels = x.shape
+    return _normalization(tape, site, x, tape.view(site.name, x, replicas, batch, -1, channels), module.eps)
+
+
+def _normalization(tape: Tape, site: Site, x: Tensor, groups: Tensor, eps: float) -> tuple[Tensor, Backward]:
+    """Normalize over the last two dimensions of `groups`, then scale and shift by its last.
+
+    Args:
+        groups: `x` as `[replicas, groups, positions, channels]`.
+    """
+    replicas, count, positions, channels = groups.shape
+    size = positions * channels
+    buffer = tape.workspace.buffer
+    weight, bias = (site[name].value.view(replicas, 1, 1, channels) for name in ("weight", "bias"))
+    flat = groups.view(replicas, count, size)
+    mean, inverse = (buffer(f"{site.name}{name}", (replicas, count, 1)) for name in ("mean", "inverse"))
+    normal, scratch = (buffer(f"{site.name}{name}", (replicas, count, size)) for name in ("normal", "scratch"))
+    out = buffer(f"{site.name}out", tuple(groups.shape))
+    tape.call(torch.sum, flat, -1, True, out=mean)
+    tape.call(mean.mul_, 1 / size)
+    tape.call(torch.sub, flat, mean, out=normal)
+    tape.call(torch.mul, normal, normal, out=scratch)
+    tape.call(torch.sum, scratch, -1, True, out=inverse)
+    tape.call(inverse.mul_, 1 / size)
+    tape.call(inverse.add_, eps)
+    tape.call(inverse.rsqrt_)
+    tape.call(normal.mul_, inverse)
+    tape.call(torch.addcmul, bias, normal.view(groups.shape), weight, out=out)
+
+    def backward(g: Tensor) -> Tensor:
+        gg = tape.view(f"{site.name}g", g, *groups.shape)
+        shaped = scratch.view(groups.shape)
+        tape.call(torch.mul, gg, normal.view(groups.shape), out=shaped)
+        tape.add_sum(site["weight"].gradient, shaped, (1, 2))
+        tape.add_sum(site["bias"].gradient, gg, (1, 2))
+        gx = buffer(f"{site.name}gx", (replicas, count, size))
+        tape.call(torch.mul, gg, weight, out=gx.view(groups.shape))
+        tape.call(torch.mul, gx, normal, out=scratch)
+        slope, level = (buffer(f"{site.name}{name}", (replicas, count, 1)) for name in ("slope", "mean"))
+        tape.call(torch.sum, scratch, -1, True, out=slope)
+        tape.call(torch.sum, gx, -1, True, out=level)
+        tape.call(gx.sub_, level, alpha=1 / size)
+        tape.call(gx.addcmul_, normal, slope, value=-1 / size)
+        tape.call(gx.mul_, inverse)
+        return gx.view(x.shape)
+
+    return out.view(x.shape), backward
+
+
+@_twin.register
+def _embedding(module: nn.Embedding, site: Site, tape: Tape, tokens: Tensor) -> tuple[Tensor, Backward]:
+    weight = site["weight"]
+    replicas, vocabulary, width = weight.value.shape
+    table = tape.workspace.buffer(f"{site.name}table", (replicas, vocabulary, width))
+    rows = tape.workspace.buffer(f"{site.name}rows", tuple(tokens.shape), torch.int64)
+    out = tape.workspace.buffer(f"{site.name}out", (*tokens.shape, width))
+    first = torch.arange(replicas, device=tokens.device).view(-1, *[1] * (tokens.dim() - 1)) * vocabulary
+    tape.call(table.copy_, weight.value)
+    tape.call(torch.add, tokens, first, out=rows)
+    tape.call(torch.index_select, table.flatten(0, 1), 0, rows.flatten(), out=out.view(-1, width))
+
+    def backward(g: Tensor) -> Tensor:
+        gt = tape.workspace.buffer(f"{site.name}gt", tuple(table.shape))
+        tape.call(gt.zero_)
+        tape.call(gt.flatten(0, 1).index_add_, 0, rows.flatten(), tape.view(f"{site.name}g", g, -1, width))
+        tape.add_gradient(weight.gradient, gt)
+        return g
+
+    return out, backward
+
+
+@_twin.register
+def _position(module: Position, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    weight = site["weight"]
+    out = _like(tape, site, "out", x)
+    tape.call(torch.add, x, weight.value.unsqueeze(1), out=out)
+
+    def backward(g: Tensor) -> Tensor:
+        tape.add_sum(weight.gradient, g, 1)
+        return g
+
+    return out, backward
+
+
+@_twin.register
+def _attention(module: Attention, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    replicas, batch, length, width = x.shape
+    heads = module.heads
+    size = width // heads
+    buffer = tape.workspace.buffer
+    qkv, qkv_backward = _affine(tape, f"{site.name}qkv.", site["qkv.weight"], site["qkv.bias"], x, site.first)
+
+    def split(packed: Tensor) -> tuple[Tensor, ...]:
+        """`[replicas, batch, length, 3 * width]` to three views `[replicas, batch, heads, length, size]`."""
+        return packed.view(replicas, batch, length, 3, heads, size).permute(3, 0, 1, 4, 2, 5).unbind(0)
+
+    def merged(name: str) -> tuple[Tensor, Tensor]:
+        """A buffer `[replicas, batch, length, width]`, and its view by heads."""
+        whole = buffer(f"{site.name}{name}", (replicas, batch, length, width))
+        return whole, whole.view(replicas, batch, length, heads, size).transpose(2, 3)
+
+    q, k, v = split(qkv)
+    weights, scores = (
+        buffer(f"{site.name}{name}", (replicas, batch, heads, length, length)) for name in ("weights", "scores")
+    )
+    tape.matmul(q, k.transpose(-1, -2), scores)
+    tape.call(scores.mul_, size**-0.5)
+    if module.causal:
+        future = torch.full((length, length), -math.inf, device=x.device, dtype=x.dtype).triu(1)
+        tape.call(scores.add_, future)
+    tape.call(torch.softmax, scores, -1, out=weights)
+    mixed, mixed_by_head = merged("mixed")
+    tape.matmul(weights, v, mixed_by_head)
+    out, out_backward = _affine(tape, f"{site.name}out.", site["out.weight"], site["out.bias"], mixed)
+
+    def backward(g: Tensor) -> Tensor:
+        by_head = out_backward(g).view(replicas, batch, length, heads, size).transpose(2, 3)
+        packed = buffer(f"{site.name}packed", tuple(qkv.shape))
+        gq, gk, gv = split(packed)
+        gw = buffer(f"{site.name}gw", tuple(weights.shape))
+        tape.matmul(weights.transpose(-1, -2), by_head, gv)
+        tape.matmul(by_head, v.transpose(-1, -2), gw)
+        tape.call(_aten._softmax_backward_data.out, gw, weights, -1, weights.dtype, grad_input=scores)
+        tape.call(scores.mul_, size**-0.5)
+        tape.matmul(scores, k, gq)
+        tape.matmul(scores.transpose(-1, -2), q, gk)
+        return qkv_backward(packed)
+
+    return out, backward
+
+
+@_twin.register
+def _gru(module: GRU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    """Equations of `torch.nn.GRU`, one layer, one direction. Buffers are `[replicas, length, batch, ...]`.
+
+    Gates r (reset), z (update) and candidate n: h' = n + z * (h - n), n = tanh(a_n + r * c) with a = W_i x + b_i and
+    c the candidate's part of W_h h + b_h.
+    """
+    replicas, batch, length, inputs = x.shape
     width = module.hidden_size
+    gates = slice(0, 2 * width)
+    rest = slice(2 * width, None)
 
-    def forward(x: Tensor) -> Tensor:
-        inputs = _linear(x, p["weight_ih_l0"], p["bias_ih_l0"]).unbind(2)
-        weight, bias = p["weight_hh_l0"].transpose(1, 2), p["bias_hh_l0"].unsqueeze(1)
-        state = x.new_zeros(*x.shape[:2], width)
-        states = []
-        for step in inputs:
-            hidden = torch.baddbmm(bias, state, weight)
-            reset, update = torch.sigmoid(step[..., : 2 * width] + hidden[..., : 2 * width]).chunk(2, -1)
-            candidate = torch.tanh(step[..., 2 * width :] + reset * hidden[..., 2 * width :])
-            state = torch.lerp(candidate, state, update)
-            states.append(state)
-        return torch.stack(states, 2)
+    def buffer(name: str, *last: int) -> Tensor:
+        return tape.workspace.buffer(f"{site.name}{name}", (replicas, *last))
 
-    return forward
+    weight, bias = site["weight_hh_l0"], site["bias_hh_l0"]
+    matrix = buffer("matrix", width, 3 * width)  # a product with it is three times as fast as one with its transpose
+    tape.call(matrix.copy_, weight.value.transpose(1, 2))
+    ordered = buffer("ordered", length, batch, inputs)
+    tape.call(ordered.copy_, x.transpose(1, 2))
+    a, a_backward = _affine(
+        tape, f"{site.name}in.", site["weight_ih_l0"], site["bias_ih_l0"], ordered, site.first
+    )
+    state = tape.workspace.zeros(f"{site.name}state", (replicas, length + 1, batch, width))  # the first stays zero
+    gate, c, n = buffer("gate", length, batch, 2 * width), buffer("c", length, batch, width), buffer("n", length, batch, width)
+    hidden = buffer("hidden", batch, 3 * width)
+    for t in range(length):
+        h, next_h = state[:, t], state[:, t + 1]
+        tape.matmul(h, matrix, hidden)
+        tape.call(hidden.add_, bias.value.unsqueeze(1))
+        tape.call(torch.add, a[:, t, :, gates], hidden[..., gates], out=gate[:, t])
+        tape.call(gate[:, t].sigmoid_)
+        tape.call(c[:, t].copy_, hidden[..., rest])
+        tape.call(torch.addcmul, a[:, t, :, rest], gate[:, t, :, :width], c[:, t], out=n[:, t])
+        tape.tanh(n[:, t], n[:, t])
+        tape.call(torch.lerp, n[:, t], h, gate[:, t, :, width:], out=next_h)
+    out = buffer("out", batch, length, width)
+    tape.call(out.copy_, state[:, 1:].transpose(1, 2))
+
+    def backward(g: Tensor) -> Tensor:
+        ga, gh = buffer("ga", length, batch, 3 * width), buffer("gh", length, batch, 3 * width)
+        carried, gate_gradient = buffer("carried", batch, width), buffer("gate gradient", batch, 2 * width)
+        product, scratch = buffer("product", batch, width), buffer("scratch", batch, width)
+        by_time = g.transpose(1, 2)
+        tape.call(carried.copy_, by_time[:, -1])
+        for t in reversed(range(length)):
+            r, z = gate[:, t, :, :width], gate[:, t, :, width:]
+            tape.call(torch.sub, state[:, t], n[:, t], out=scratch)
+            tape.call(torch.mul, carried, scratch, out=gate_gradient[..., width:])
+            tape.call(torch.mul, carried, z, out=scratch)
+            tape.call(carried.sub_, scratch)  # gradient of n; what goes on to h is in scratch
+            tape.call(_aten.tanh_backward.grad_input, carried, n[:, t], grad_input=ga[:, t, :, rest])
+            tape.call(torch.mul, ga[:, t, :, rest], r, out=gh[:, t, :, rest])
+            tape.call(torch.mul, ga[:, t, :, rest], c[:, t], out=gate_gradient[..., :width])
+            tape.call(_aten.sigmoid_backward.grad_input, gate_gradient, gate[:, t], grad_input=ga[:, t, :, gates])
+            tape.call(gh[:, t, :, gates].copy_, ga[:, t, :, gates])
+            if t:
+                tape.matmul(gh[:, t], weight.value, product)
+                tape.call(torch.add, product, scratch, out=carried)
+                tape.call(carried.add_, by_time[:, t - 1])
+        flat = gh.view(replicas, length * batch, 3 * width)
+        tape.add_product(weight.gradient, flat.transpose(1, 2), state[:, :-1].flatten(1, 2))
+        tape.add_sum(bias.gradient, flat, 1)
+        return a_backward(ga).transpose(1, 2)
+
+    return out, backward
+
+
+def _like(tape: Tape, site: Site, name: str, x: Tensor) -> Tensor:
+    return tape.workspace.buffer(f"{site.name}{name}", tuple(x.shape))
+
+
+def record_loss(tape: Tape, outputs: Tensor, targets: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Record the mean loss of each replica and its gradient.
+
+    Args:
+        outputs: `[replicas, batch, ...]`; for cross-entropy the logits are in the last dimension.
+        targets: `[replicas, batch, ...]`.
+
+    Returns:
+        Buffers `[replicas]` and of the shape of `outputs`.
+    """
+    replicas = outputs.shape[0]
+    losses = tape.workspace.buffer("losses", (replicas,))
+    gradient = tape.workspace.buffer("loss gradient", tuple(outputs.shape))
+    scale = targets[0].numel()
+    if loss == "mse":
+        squares = tape.workspace.buffer("squares", tuple(outputs.shape))
+        tape.call(torch.sub, outputs, targets, out=gradient)
+        tape.call(torch.mul, gradient, gradient, out=squares)
+        tape.call(torch.mean, squares.view(replicas, -1), 1, out=losses)
+        tape.call(gradient.mul_, 2 / scale)
+        return losses, gradient
+    classes = outputs.shape[-1]
+    # Classes before rows: torch's softmax over a short last dimension is ten times as slow.
+    logits, logs, slopes = (
+        tape.workspace.buffer(name, (replicas, classes, scale)) for name in ("logits", "logs", "slopes")
+    )
+    index = targets.view(replicas, 1, scale)
+    picked = tape.workspace.buffer("picked", (replicas, 1, scale))
+    minus_one = torch.full_like(picked, -1.0)
+    tape.call(logits.copy_, tape.view("outputs", outputs, replicas, scale, classes).transpose(1, 2))
+    tape.call(torch.log_softmax, logits, 1, out=logs)
+    tape.call(torch.gather, logs, 1, index, out=picked)
+    tape.call(torch.sum, picked.view(replicas, scale), 1, out=losses)
+    tape.call(losses.mul_, -1 / scale)
+    if tape.training:
+        tape.call(torch.exp, logs, out=slopes)
+        tape.call(slopes.scatter_add_, 1, index, minus_one)
+        tape.call(torch.div, slopes.transpose(1, 2), scale, out=gradient.view(replicas, scale, classes))
+    return losses, gradient
 
 
 def parameter_count(model: nn.Module) -> int:

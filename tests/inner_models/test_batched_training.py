@@ -8,10 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from inner_models import replicated_layers
+from inner_models import masks
 from inner_models.batched_training import BatchedTraining
 from inner_models.models import ModelSpec, Normalization, build_model
-from inner_models.replicated_layers import parameter_count, replicate
+from inner_models.programs import Tape, Workspace
+from inner_models.replicated_layers import parameter_count, record
 from inner_models.signals import SIGNALS
 from inner_models.tasks import OptimizerName, Task, prepare
 from inner_models.training import Training
@@ -102,7 +103,7 @@ def test_replicas_differ() -> None:
 def test_restarted_replica_is_a_fresh_run(
     dataset: str, kind: str, refill_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replicated_layers, "_REFILL_BYTES", refill_bytes)
+    monkeypatch.setattr(masks, "_REFILL_BYTES", refill_bytes)
     task = make_task(dataset, kind)
     engine = BatchedTraining(task, SEEDS, dtype=torch.float64)
     runs = [Training(task, seed, dtype=torch.float64) for seed in SEEDS]
@@ -189,4 +190,4 @@ def test_test_split_is_there_only_when_handed_in(name: str) -> None:
 def test_unsupported_layer(layer: nn.Module) -> None:
     model = nn.Sequential(nn.ReLU(), layer)
     with pytest.raises(NotImplementedError, match=f"{type(layer).__name__} has no replicated twin"):
-        replicate(model, {name: value[None] for name, value in model.named_parameters()}, [])
+        record(model, {}, [], Tape(Workspace(torch.device("cpu"), torch.float32), training=True, fresh=True), torch.ones(1, 16, 4))

@@ -1,0 +1,120 @@
+"""Optimizer steps of many replicas at once, each with its own hyperparameters, on flat buffers.
+
+One definition runs in three ways: as it stands, compiled to one vectorized loop on a CPU, or to one Triton kernel on a
+GPU. A test holds the ways equal bit for bit, so that it does not matter to a run when the change is made.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from inner_models.training import SGD_MOMENTUM
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+"""`torch.optim.AdamW`'s defaults."""
+
+COMPILE_AFTER = 5.0
+"""Seconds that a function costs in a process before compiling it, which takes about as long, is tried."""
+
+_log = logging.getLogger("hyperpilot")
+
+
+@torch.no_grad()
+def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, decays: Tensor, columns: Tensor, clear: bool) -> None:
+    """AdamW (Loshchilov & Hutter 2019) as in `torch.optim.AdamW`; replicas whose batch is not full stay as they are.
+
+    Args:
+        p, g, m, v: `[replicas, parameters]` parameters, summed gradients of the micro-batches, first and second moments.
+        decays: `[parameters]`, 1 where weight decay acts and 0 elsewhere.
+        columns: `[replicas, 6]`, zero where a replica does not step: factor on the gradient,
+            1 - beta1, 1 - beta2, lr * weight decay, lr / first bias correction, 1 / root of the second correction.
+        clear: whether to zero the gradients of those that stepped.
+    """
+    scale, rise1, rise2, shrink, rate, unbias = columns.split(1, dim=1)
+    scaled = g * scale
+    m.add_((scaled - m) * rise1)
+    v.add_((scaled * scaled - v) * rise2)
+    p.sub_(p * decays * shrink)
+    p.sub_(m / (torch.sqrt(v) * unbias + EPS) * rate)
+    if clear:
+        g.mul_(scale == 0)
+
+
+@torch.no_grad()
+def sgd(p: Tensor, g: Tensor, m: Tensor, decays: Tensor, columns: Tensor, clear: bool) -> None:
+    """SGD with momentum as in `torch.optim.SGD`; replicas whose batch is not full stay as they are.
+
+    Args:
+        p, g, m, decays, clear: as for `adamw`, m being the momentum buffer.
+        columns: `[replicas, 4]`, zero where a replica does not step: factor on the gradient, weight decay,
+            1 - momentum, lr.
+    """
+    scale, decay, loss, lr = columns.split(1, dim=1)
+    m.add_(g * scale + p * decays * decay - m * loss)
+    p.sub_(m * lr)
+    if clear:
+        g.mul_(scale == 0)
+
+
+class Fused:
+    """A function of tensors that is compiled once it has been used long enough, where that makes it faster.
+
+    Args:
+        function: works in place, on its tensor arguments alone.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = self._chosen = function
+        self._seconds = 0.0
+        self._decided = False
+
+    def __call__(self, *args: Tensor | bool) -> None:
+        if self._decided:
+            self._chosen(*args)
+            return
+        started = time.perf_counter()
+        self._function(*args)
+        self._seconds += time.perf_counter() - started
+        if self._seconds > COMPILE_AFTER:
+            self._decide(*args)
+
+    def _decide(self, *args: Tensor | bool) -> None:
+        self._decided = True
+        compiled = torch.compile(self._function, dynamic=True)
+        try:
+            compiled(*_copies(args))
+            if _seconds(compiled, args) < _seconds(self._function, args):
+                self._chosen = compiled
+        except Exception as error:  # whatever a compiler or its absence raises: the function itself always works
+            reason = str(error).strip().splitlines()
+            _log.warning(
+                "%s could not be compiled, so inner training is slower: %s",
+                self._function.__name__,
+                reason[0] if reason else type(error).__name__,
+            )
+
+
+def _copies(args: tuple[Tensor | bool, ...]) -> list[Tensor | bool]:
+    return [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+
+
+def _seconds(function: Callable[..., None], args: tuple[Tensor | bool, ...], runs: int = 5) -> float:
+    """Fastest of some runs on copies of the arguments."""
+    times = []
+    for _ in range(runs):
+        copies = _copies(args)
+        started = time.perf_counter()
+        function(*copies)
+        if isinstance(args[0], Tensor) and args[0].is_cuda:
+            torch.cuda.synchronize(args[0].device)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+STEPS = {"adamw": Fused(adamw), "sgd": Fused(sgd)}
+"""Optimizer name -> its step."""

@@ -8,6 +8,7 @@ others. Twin tests hold every model kind and optimizer to `inner_models.training
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -28,7 +29,8 @@ from inner_models.training import SGD_MOMENTUM, Streams
 from inner_models.updates import BETA1, BETA2, STEPS
 
 _EVALUATION_ROWS = 1024  # replicas x rows that are evaluated at once
-_BLOCK_BYTES = 1 << 24  # what a block of replicas works on should stay in a CPU's cache
+_STATE_BYTES = 1 << 24  # on a CPU, what a block keeps from micro-step to micro-step should stay in the cache
+_ACTIVATION_BYTES = 1 << 21  # and what it makes in a micro-step all the more
 
 
 class BatchedTraining:
@@ -60,7 +62,7 @@ class BatchedTraining:
             for name in ("values", "gradients", "momentum", "square")
             if name != "square" or task.optimizer == "adamw"
         }
-        size = job.block_size(self.replicas)
+        size = job.block(self.replicas)
         self._blocks = [
             _Block(job, {name: buffer[start : start + size] for name, buffer in self._state.items()}, seeds[start : start + size])
             for start in range(0, self.replicas, size)
@@ -132,6 +134,8 @@ class _Job:
             decays.append(torch.full((parameter.numel(),), float(parameter.ndim >= 2)))
         self.decays = torch.cat(decays).to(device, dtype)
         self.workspace = Workspace(device, dtype)
+        units = sum(_output_units(self.skeleton, data.dataset.train.inputs[:MICRO_BATCH]))
+        self.stride = max(1, _ACTIVATION_BYTES // (dtype.itemsize * units)) if device.type == "cpu" else sys.maxsize
         self._images = takes_images(self.skeleton)
         train = data.dataset.train
         self.inputs, self.targets = self.place_inputs(train.inputs), self.place(train.targets)
@@ -142,14 +146,15 @@ class _Job:
     def place_inputs(self, inputs: Tensor) -> Tensor:
         return self.place(inputs.movedim(1, -1).contiguous() if self._images else inputs)
 
-    def block_size(self, replicas: int) -> int:
-        """Replicas that train as one: all of them on a GPU; as many as the cache holds on a CPU."""
+    def block(self, replicas: int) -> int:
+        """Replicas that train together for an interval: all on a GPU, on a CPU those whose state its cache holds."""
         if self.device.type != "cpu":
             return replicas
-        units = sum(_output_units(self.skeleton, self.data.dataset.train.inputs[:MICRO_BATCH]))
-        bytes_each = self.decays.element_size() * (4 * self.parameters + 3 * units)
-        blocks = -(-replicas // max(1, _BLOCK_BYTES // bytes_each))
-        return -(-replicas // blocks)
+        return _even(replicas, _STATE_BYTES // (4 * self.dtype.itemsize * self.parameters))
+
+def _even(total: int, limit: int) -> int:
+    """Size of the parts when `total` is divided into parts of one size, or nearly so, of at most `limit` (at least 1)."""
+    return -(-total // -(-total // max(1, limit)))
 
 
 def _output_units(model: nn.Module, inputs: Tensor) -> list[int]:
@@ -189,8 +194,8 @@ class _Block:
         }
         inputs, targets = job.inputs, job.targets
         shape = (self.replicas, MICRO_BATCH)
-        self._x = job.workspace.buffer("x", (*shape, *inputs.shape[1:]), inputs.dtype)
-        self._y = job.workspace.buffer("y", (*shape, *targets.shape[1:]), targets.dtype)
+        self._x = job.workspace.named("x", (*shape, *inputs.shape[1:]), inputs.dtype)
+        self._y = job.workspace.named("y", (*shape, *targets.shape[1:]), targets.dtype)
         self._programs = {fresh: self._record(self._x, self._y, training=True, fresh=fresh) for fresh in (True, False)}
         self._evaluations: dict[int, tuple[Tensor, Tensor, Program, Tensor]] = {}
         for row in range(self.replicas):
@@ -274,12 +279,21 @@ class _Block:
 
     def _record(self, x: Tensor, y: Tensor, *, training: bool, fresh: bool = False) -> tuple[Program, Tensor]:
         """The program of a micro-step or of an evaluation, and the buffer of its losses."""
-        tape = Tape(self._job.workspace, training=training, fresh=fresh)
-        with torch.no_grad():
-            outputs, backward = record(self._job.skeleton, self._parameters, self._masks, tape, x)
-            losses, gradient = record_loss(tape, outputs, y, self._job.data.loss)
-            if training:
-                backward(gradient)
+        job = self._job
+        tape = Tape(job.workspace, training=training, fresh=fresh)
+        losses = job.workspace.named("losses", (self.replicas,))
+        for start in range(0, self.replicas, job.stride):
+            tape.rows = rows = slice(start, min(start + job.stride, self.replicas))
+            parameters = {
+                name: Parameter(both.value[rows], both.gradient[rows]) for name, both in self._parameters.items()
+            }
+            with torch.no_grad():
+                outputs, backward = record(job.skeleton, parameters, self._masks, tape, x[rows])
+                mean, gradient = record_loss(tape, outputs, y[rows], job.data.loss)
+                tape.call(losses[rows].copy_, mean)
+                if training:
+                    tape.release(backward(gradient))
+            tape.release(outputs, mean, gradient)
         return tape.program, losses
 
     @staticmethod

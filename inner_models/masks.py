@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from inner_models.sampling import draw_bytes
+
 _REFILL_BYTES = 1 << 20
 
 
@@ -17,9 +19,13 @@ class MaskSource:
 
     Args:
         streams: one a replica.
+
+    Attributes:
+        replicas: number of streams.
     """
 
     def __init__(self, streams: list[np.random.Generator], device: torch.device, dtype: torch.dtype) -> None:
+        self.replicas = len(streams)
         self._streams = streams
         self._device, self._dtype = device, dtype
         self._drawn: NDArray[np.uint8] | None = None
@@ -36,7 +42,7 @@ class MaskSource:
     def restart(self, replica: int, stream: np.random.Generator) -> None:
         """Give one replica a new stream."""
         self._streams[replica] = stream
-        if self._drawn is not None and self._at < self._drawn.shape[1]:  # bytes(0) would move the stream
+        if self._drawn is not None and self._at < self._drawn.shape[1]:
             self._draw(replica, self._at)
             self._upload()
 
@@ -49,9 +55,9 @@ class MaskSource:
         """
         units = mask.shape[1]
         if self._drawn is None or self._at == self._drawn.shape[1]:
-            replicas = len(self._streams)
-            self._drawn = np.empty((replicas, units * max(1, _REFILL_BYTES // (units * replicas))), np.uint8)
-            for replica in range(replicas):
+            count = units * max(1, _REFILL_BYTES // (units * self.replicas))
+            self._drawn = np.empty((self.replicas, count), np.uint8)
+            for replica in range(self.replicas):
                 self._draw(replica, 0)
             self._upload()
             self._at = 0
@@ -67,7 +73,7 @@ class MaskSource:
     def _draw(self, replica: int, start: int) -> None:
         assert self._drawn is not None
         count = self._drawn.shape[1] - start
-        self._drawn[replica, start:] = np.frombuffer(self._streams[replica].bytes(count), np.uint8)
+        self._drawn[replica, start:] = draw_bytes(self._streams[replica], count)
 
     def _upload(self) -> None:
         if self._device.type != "cpu":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from inner_models.datasets import Dataset
+from inner_models.sampling import draw_bytes
 
 ModelKind = Literal["linear", "mlp", "cnn", "gru", "transformer", "autoencoder"]
 Activation = Literal["relu", "gelu", "tanh", "silu"]
@@ -67,7 +68,7 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.stream is None:
             return super().forward(input)
-        drawn = np.frombuffer(self.stream.bytes(input.numel()), dtype=np.uint8).reshape(input.shape)
+        drawn = draw_bytes(self.stream, input.numel()).reshape(input.shape)
         threshold = round(self.p * 256)
         keep = torch.from_numpy(drawn >= threshold).to(input.device)
         return input * keep * (256 / (256 - threshold))

@@ -22,23 +22,24 @@ _log = logging.getLogger("hyperpilot")
 
 
 class Workspace:
-    """Buffers by name and shape. Equal names share memory, so the programs of several blocks need only one set."""
+    """Memory of programs that run one after the other and so can share it."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        self._memory: dict[Hashable, Tensor] = {}
+        self.pool: list[Tensor] = []
+        self._named: dict[Hashable, Tensor] = {}
 
-    def buffer(self, name: Hashable, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """A buffer whose content does not outlive the program's run."""
-        size = math.prod(shape)
-        memory = self._memory.get(name)
-        if memory is None or memory.numel() < size:
-            memory = self._memory[name] = torch.zeros(size, dtype=dtype or self.dtype, device=self.device)
-        return memory[:size].view(shape)
+    def named(self, name: Hashable, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer of its own, the same one for equal arguments; zero when it is made."""
+        key = (name, shape)
+        if key not in self._named:
+            self._named[key] = torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
+        return self._named[key]
 
-    def zeros(self, name: Hashable, shape: tuple[int, ...]) -> Tensor:
-        """A buffer that was zero when it was made and that no other shape shares."""
-        return self.buffer((name, shape), shape)
+    def allocate(self, size: int) -> Tensor:
+        """Add `size` bytes to the pool."""
+        self.pool.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+        return self.pool[-1]
 
 
 class Program:
@@ -93,24 +94,55 @@ class Tape:
     Attributes:
         training: whether dropout is on and a backward pass follows.
         fresh: whether parameter gradients are written instead of added to.
+        rows: the replicas, of those that the program is for, whose calls are being recorded.
     """
+
+    rows = slice(0, None)
 
     def __init__(self, workspace: Workspace, *, training: bool, fresh: bool) -> None:
         self.training, self.fresh = training, fresh
         self.program = Program(workspace.device)
         self.workspace = workspace
         self._cpu = workspace.device.type == "cpu"
+        self._free = list(workspace.pool)
+        self._taken: dict[int, Tensor] = {}
 
     def call(self, function: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         """Record one call."""
         self.program.add(function, *args, **kwargs)
 
-    def view(self, name: Hashable, x: Tensor, *shape: int) -> Tensor:
+    def take(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer for the calls to come, until it is released: the smallest free one that is large enough."""
+        dtype = dtype or self.workspace.dtype
+        count = math.prod(shape)
+        size = max(1, count) * dtype.itemsize
+        fitting = [memory for memory in self._free if memory.numel() >= size]
+        if fitting:
+            memory = min(reversed(fitting), key=Tensor.numel)  # of equal ones, the one that is likeliest in the cache
+            self._free = [other for other in self._free if other is not memory]
+        else:
+            memory = self.workspace.allocate(size)
+        self._taken[_storage(memory)] = memory
+        return memory[:size].view(dtype)[:count].view(shape)
+
+    def release(self, *buffers: Tensor) -> None:
+        """Give back the memory of `buffers`, or of views of them; what was not taken here is left alone."""
+        for buffer in buffers:
+            memory = self._taken.pop(_storage(buffer), None)
+            if memory is not None:
+                self._free.append(memory)
+
+    def until_backward(self, *buffers: Tensor) -> None:
+        """Release buffers that only a backward pass needs, if there is none to come."""
+        if not self.training:
+            self.release(*buffers)
+
+    def view(self, x: Tensor, *shape: int) -> Tensor:
         """`x` in another shape: a view where its strides allow one, else a buffer that a recorded call copies it to."""
         try:
             return x.view(shape)
         except RuntimeError:
-            copy = self.workspace.buffer((name, "copy"), tuple(x.shape))
+            copy = self.take(*x.shape, dtype=x.dtype)
             self.call(copy.copy_, x)
             return copy.view(shape)
 
@@ -135,19 +167,32 @@ class Tape:
         if self.fresh:
             self.matmul(a, b, gradient)
         elif self._cpu:
-            product = self.workspace.buffer("product", tuple(gradient.shape))
+            product = self.take(*gradient.shape)
             self.matmul(a, b, product)
             self.call(gradient.add_, product)
+            self.release(product)
         else:
             self.call(gradient.baddbmm_, a, b)
 
     def add_sum(self, gradient: Tensor, terms: Tensor, dim: int | tuple[int, ...]) -> None:
         """Record the gradient of a parameter that is a sum over `dim`."""
-        out = gradient if self.fresh else self.workspace.buffer("sum", tuple(gradient.shape))
-        self.call(torch.sum, terms, dim, out=out)
-        if not self.fresh:
-            self.call(gradient.add_, out)
+        if self.fresh:
+            self.call(torch.sum, terms, dim, out=gradient)
+            return
+        total = self.take(*gradient.shape)
+        self.call(torch.sum, terms, dim, out=total)
+        self.call(gradient.add_, total)
+        self.release(total)
 
     def add_gradient(self, gradient: Tensor, value: Tensor) -> None:
         """Record the gradient of a parameter."""
         self.call(gradient.copy_ if self.fresh else gradient.add_, value)
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in the same buffer."""
+    return _storage(a) == _storage(b)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from inner_models.masks import MaskSource
 from inner_models.models import GRU, Attention, Dropout, Last, Mean, Position, Residual
-from inner_models.programs import Tape
+from inner_models.programs import Tape, same_memory
 from inner_models.tasks import Loss
 
 Backward = Callable[[Tensor], Tensor]
@@ -92,27 +92,36 @@ def _chain(
     x: Tensor,
     outermost: bool = False,
 ) -> tuple[Tensor, Backward]:
-    steps: list[Backward] = []
-    first, images = outermost, False
+    """Layers one after the other. `x` and the gradient of the output are the caller's to release."""
+    steps: list[tuple[Backward, Tensor, Tensor]] = []
+    given, first, images = x, outermost, False
     for key, module in model.named_children():
         name = f"{prefix}{key}."
         if isinstance(module, Residual):
-            x, backward = _residual(module, name, parameters, sources, tape, x)
+            out, backward = _residual(module, name, parameters, sources, tape, x)
         else:
             _check_options(module)
             own = {path.removeprefix(name): value for path, value in parameters.items() if path.startswith(name)}
             site = Site(name, own, sources.get(id(module)), first, images)
-            x, backward = _twin(module, site, tape, x)
-        if first and not any(True for _ in module.parameters()):
-            continue  # nothing before the first parameters needs a gradient
-        first = False
+            out, backward = _twin(module, site, tape, x)
+        if not tape.training and not same_memory(x, given) and not same_memory(x, out):
+            tape.release(x)
+        if not first or any(True for _ in module.parameters()):  # nothing before the first parameters has a gradient
+            first = False
+            steps.append((backward, x, out))
         images |= isinstance(module, nn.Conv2d)
-        steps.append(backward)
+        x = out
 
     def all_backward(gradient: Tensor) -> Tensor:
-        for step in reversed(steps):
-            gradient = step(gradient)
-        return gradient
+        g = gradient
+        for backward, before, out in reversed(steps):
+            gx = backward(g)
+            if not same_memory(g, gradient) and not same_memory(g, gx):
+                tape.release(g)
+            if not same_memory(before, out):
+                tape.release(out)
+            g = gx
+        return g
 
     return x, all_backward
 
@@ -126,13 +135,16 @@ def _residual(
     x: Tensor,
 ) -> tuple[Tensor, Backward]:
     inner, body = _chain(module.body, f"{name}body.", parameters, sources, tape, x)
-    out = tape.workspace.buffer(f"{name}out", tuple(x.shape))
+    out = tape.take(*x.shape)
     tape.call(torch.add, x, inner, out=out)
+    tape.until_backward(inner)
 
     def backward(g: Tensor) -> Tensor:
         through = body(g)
-        gx = tape.workspace.buffer(f"{name}gx", tuple(x.shape))
+        gx = tape.take(*x.shape)
         tape.call(torch.add, g, through, out=gx)
+        if not same_memory(through, g):
+            tape.release(through)
         return gx
 
     return out, backward
@@ -168,16 +180,17 @@ def _dropout(module: Dropout, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor
     if not tape.training:
         return x, _no_backward
     assert site.masks is not None
-    shape = tuple(x.shape)
-    flat = (shape[0], math.prod(shape[1:]))
-    keep = tape.workspace.buffer("keep", flat, torch.bool)
-    mask = tape.workspace.buffer(f"{site.name}mask", flat)
-    tape.program.add_before(site.masks.fill, keep, mask)
-    out = tape.workspace.buffer(f"{site.name}out", shape)
+    shape = x.shape
+    size = (site.masks.replicas, math.prod(shape[1:]))
+    masks = tape.workspace.named(f"{site.name}mask", size)
+    if tape.rows.start == 0:
+        tape.program.add_before(site.masks.fill, tape.workspace.named("keep", size, torch.bool), masks)
+    mask = masks[tape.rows]
+    out = tape.take(*shape)
     tape.call(torch.mul, x, mask.view(shape), out=out)
 
     def backward(g: Tensor) -> Tensor:
-        gx = tape.workspace.buffer(f"{site.name}gx", shape)
+        gx = tape.take(*shape)
         tape.call(torch.mul, g, mask.view(shape), out=gx)
         return gx
 
@@ -190,11 +203,11 @@ def _no_backward(gradient: Tensor) -> Tensor:
 
 @_twin.register
 def _relu(module: nn.ReLU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
-    out = _like(tape, site, "out", x)
+    out = tape.take(*x.shape)
     tape.call(torch.clamp_min, x, 0, out=out)
 
     def backward(g: Tensor) -> Tensor:
-        gx = _like(tape, site, "gx", x)
+        gx = tape.take(*x.shape)
         tape.call(_aten.threshold_backward.grad_input, g, out, 0, grad_input=gx)
         return gx
 
@@ -203,11 +216,11 @@ def _relu(module: nn.ReLU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, B
 
 @_twin.register
 def _gelu(module: nn.GELU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
-    out = _like(tape, site, "out", x)
+    out = tape.take(*x.shape)
     tape.call(_aten.gelu.out, x, out=out)
 
     def backward(g: Tensor) -> Tensor:
-        gx = _like(tape, site, "gx", x)
+        gx = tape.take(*x.shape)
         tape.call(_aten.gelu_backward.grad_input, g, x, grad_input=gx)
         return gx
 
@@ -216,11 +229,11 @@ def _gelu(module: nn.GELU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, B
 
 @_twin.register
 def _silu(module: nn.SiLU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
-    out = _like(tape, site, "out", x)
+    out = tape.take(*x.shape)
     tape.call(_aten.silu.out, x, out=out)
 
     def backward(g: Tensor) -> Tensor:
-        gx = _like(tape, site, "gx", x)
+        gx = tape.take(*x.shape)
         tape.call(_aten.silu_backward.grad_input, g, x, grad_input=gx)
         return gx
 
@@ -229,11 +242,11 @@ def _silu(module: nn.SiLU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, B
 
 @_twin.register
 def _tanh(module: nn.Tanh, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
-    out = _like(tape, site, "out", x)
+    out = tape.take(*x.shape)
     tape.tanh(x, out)
 
     def backward(g: Tensor) -> Tensor:
-        gx = _like(tape, site, "gx", x)
+        gx = tape.take(*x.shape)
         tape.call(_aten.tanh_backward.grad_input, g, out, grad_input=gx)
         return gx
 
@@ -244,13 +257,13 @@ def _tanh(module: nn.Tanh, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, B
 def _flatten(module: nn.Flatten, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
     """`nn.Flatten` of a channels-last image puts the channels first, as the reference has them."""
     if not site.channels_last:
-        return tape.view(site.name, x, *x.shape[:2], -1), lambda g: g.view(x.shape)
+        return tape.view(x, *x.shape[:2], -1), lambda g: g.view(x.shape)
     replicas, batch, height, width, channels = x.shape
-    out = tape.workspace.buffer(f"{site.name}out", (replicas, batch, channels, height, width))
+    out = tape.take(replicas, batch, channels, height, width)
     tape.call(out.copy_, x.movedim(-1, 2))
 
     def backward(g: Tensor) -> Tensor:
-        gx = _like(tape, site, "gx", x)
+        gx = tape.take(*x.shape)
         tape.call(gx.copy_, g.view(out.shape).movedim(2, -1))
         return gx
 
@@ -260,7 +273,7 @@ def _flatten(module: nn.Flatten, site: Site, tape: Tape, x: Tensor) -> tuple[Ten
 @_twin.register
 def _last(module: Last, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
     def backward(g: Tensor) -> Tensor:
-        gx = tape.workspace.zeros(f"{site.name}gx", tuple(x.shape))  # stays zero elsewhere
+        gx = tape.workspace.named(f"{site.name}gx", tuple(x.shape))  # stays zero elsewhere
         tape.call(gx.select(-2, -1).copy_, g)
         return gx
 
@@ -270,11 +283,11 @@ def _last(module: Last, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Back
 @_twin.register
 def _mean(module: Mean, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
     replicas, batch, length, width = x.shape
-    out = tape.workspace.buffer(f"{site.name}out", (replicas, batch, width))
+    out = tape.take(replicas, batch, width)
     tape.call(torch.mean, x, -2, out=out)
 
     def backward(g: Tensor) -> Tensor:
-        gx = _like(tape, site, "gx", x)
+        gx = tape.take(*x.shape)
         tape.call(torch.div, g.unsqueeze(2).expand(x.shape), length, out=gx)
         return gx
 
@@ -283,27 +296,27 @@ def _mean(module: Mean, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Back
 
 @_twin.register
 def _linear(module: nn.Linear, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
-    return _affine(tape, site.name, site["weight"], site["bias"], x, site.first)
+    return _affine(tape, site["weight"], site["bias"], x, site.first)
 
 
 def _affine(
-    tape: Tape, name: str, weight: Parameter, bias: Parameter, x: Tensor, first: bool = False
+    tape: Tape, weight: Parameter, bias: Parameter, x: Tensor, first: bool = False
 ) -> tuple[Tensor, Backward]:
     """x @ weight.T + bias."""
     replicas, outputs, inputs = weight.value.shape
-    rows = tape.view(name, x, replicas, -1, inputs)
-    out = tape.workspace.buffer(f"{name}out", (*x.shape[:-1], outputs))
+    rows = tape.view(x, replicas, -1, inputs)
+    out = tape.take(*x.shape[:-1], outputs)
     flat = out.view(replicas, -1, outputs)
     tape.matmul(rows, weight.value.transpose(1, 2), flat)
     tape.call(flat.add_, bias.value.unsqueeze(1))
 
     def backward(g: Tensor) -> Tensor:
-        flat = tape.view(f"{name}g", g, replicas, -1, outputs)
+        flat = tape.view(g, replicas, -1, outputs)
         tape.add_product(weight.gradient, flat.transpose(1, 2), rows)
         tape.add_sum(bias.gradient, flat, 1)
         if first:
             return g
-        gx = tape.workspace.buffer(f"{name}gx", tuple(x.shape))
+        gx = tape.take(*x.shape)
         tape.matmul(flat, weight.value, gx.view(replicas, -1, inputs))
         return gx
 
@@ -319,44 +332,48 @@ def _conv2d(module: nn.Conv2d, site: Site, tape: Tape, x: Tensor) -> tuple[Tenso
     (rows, columns), (above, left) = module.kernel_size, module.padding
     out_height, out_width = height + 2 * above - rows + 1, width + 2 * left - columns + 1
     weight, bias, outputs = site["weight"], site["bias"], module.out_channels
-    buffer = tape.workspace.buffer
     pixels, taps = batch * out_height * out_width, rows * columns * channels
+    inside = (..., slice(above, above + height), slice(left, left + width), slice(None))
 
-    padded = tape.workspace.zeros(
-        f"{site.name}padded", (replicas, batch, height + 2 * above, width + 2 * left, channels)
-    )
-    tape.call(padded[:, :, above : above + height, left : left + width].copy_, x)
-    patches = buffer(f"{site.name}patches", (replicas, pixels, taps))
+    frame = (replicas, batch, height + 2 * above, width + 2 * left, channels)
+    padded = tape.workspace.named(f"{site.name}padded", frame)  # its border stays zero
+    tape.call(padded[inside].copy_, x)
+    patches = tape.take(replicas, pixels, taps)
     windows = padded.unfold(2, rows, 1).unfold(3, columns, 1).movedim(4, -1)  # [R, B, h, w, rows, columns, channels]
     if columns * channels >= 16:
         tape.call(patches.view(windows.shape).copy_, windows)
     else:  # runs too short for a strided copy to be fast
-        index = torch.arange(padded[0, 0].numel(), device=x.device).view(padded[0, 0].shape)
+        index = torch.arange(padded[0, 0].numel(), device=x.device).view(frame[2:])
         index = index.unfold(0, rows, 1).unfold(1, columns, 1).movedim(2, -1).flatten()
         images = replicas * batch
         tape.call(torch.index_select, padded.view(images, -1), 1, index, out=patches.view(images, -1))
-    matrix = buffer(f"{site.name}matrix", (replicas, rows, columns, channels, outputs))
-    tape.call(matrix.copy_, weight.value.permute(0, 3, 4, 2, 1))
-    out = buffer(f"{site.name}out", (replicas, batch, out_height, out_width, outputs))
-    tape.matmul(patches, matrix.view(replicas, taps, outputs), out.view(replicas, pixels, outputs))
-    tape.call(out.view(replicas, pixels, outputs).add_, bias.value.unsqueeze(1))
+    matrix = tape.take(replicas, taps, outputs)
+    by_tap = matrix.view(replicas, rows, columns, channels, outputs)
+    tape.call(by_tap.copy_, weight.value.permute(0, 3, 4, 2, 1))
+    out = tape.take(replicas, batch, out_height, out_width, outputs)
+    flat_out = out.view(replicas, pixels, outputs)
+    tape.matmul(patches, matrix, flat_out)
+    tape.call(flat_out.add_, bias.value.unsqueeze(1))
+    tape.until_backward(patches, matrix)
 
     def backward(g: Tensor) -> Tensor:
-        flat = tape.view(f"{site.name}g", g, replicas, pixels, outputs)
-        gm = buffer(f"{site.name}gm", tuple(matrix.shape))
-        tape.matmul(patches.transpose(1, 2), flat, gm.view(replicas, taps, outputs))
-        tape.add_gradient(weight.gradient, gm.permute(0, 4, 3, 1, 2))
+        flat = tape.view(g, replicas, pixels, outputs)
+        gm = tape.take(*matrix.shape)
+        tape.matmul(patches.transpose(1, 2), flat, gm)
+        tape.add_gradient(weight.gradient, gm.view(by_tap.shape).permute(0, 4, 3, 1, 2))
         tape.add_sum(bias.gradient, flat, 1)
         if site.first:
+            tape.release(gm, patches, matrix)
             return g
-        gp = buffer(f"{site.name}gp", tuple(windows.shape))
-        tape.matmul(flat, matrix.view(replicas, taps, outputs).transpose(1, 2), gp.view(replicas, pixels, taps))
-        gx = buffer(f"{site.name}gx", tuple(padded.shape))
+        gp = patches  # no longer needed
+        tape.matmul(flat, matrix.transpose(1, 2), gp)
+        gx = tape.take(*frame)
         tape.call(gx.zero_)
         for row, column in product(range(rows), range(columns)):
             part = gx[:, :, row : row + out_height, column : column + out_width]
-            tape.call(part.add_, gp[..., row, column, :])
-        return gx[:, :, above : above + height, left : left + width]
+            tape.call(part.add_, gp.view(windows.shape)[..., row, column, :])
+        tape.release(gm, patches, matrix)
+        return gx[inside]
 
     return out, backward
 
@@ -364,18 +381,21 @@ def _conv2d(module: nn.Conv2d, site: Site, tape: Tape, x: Tensor) -> tuple[Tenso
 @_twin.register
 def _avg_pool2d(module: nn.AvgPool2d, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
     replicas, batch, height, width, channels = x.shape
-    corners = [(slice(row, height // 2 * 2, 2), slice(column, width // 2 * 2, 2)) for row in (0, 1) for column in (0, 1)]
-    out = tape.workspace.buffer(f"{site.name}out", (replicas, batch, height // 2, width // 2, channels))
-    parts = [x[:, :, row, column] for row, column in corners]
+    corners = [
+        (..., slice(row, height // 2 * 2, 2), slice(column, width // 2 * 2, 2), slice(None))
+        for row, column in product((0, 1), (0, 1))
+    ]
+    out = tape.take(replicas, batch, height // 2, width // 2, channels)
+    parts = [x[corner] for corner in corners]
     tape.call(torch.add, parts[0], parts[1], out=out)
     tape.call(out.add_, parts[2])
     tape.call(out.add_, parts[3])
     tape.call(out.mul_, 0.25)
 
     def backward(g: Tensor) -> Tensor:
-        gx = tape.workspace.zeros(f"{site.name}gx", tuple(x.shape))  # an odd last row or column stays zero
-        for row, column in corners:
-            tape.call(torch.mul, g, 0.25, out=gx[:, :, row, column])
+        gx = tape.workspace.named(f"{site.name}gx", tuple(x.shape))  # an odd last row or column stays zero
+        for corner in corners:
+            tape.call(torch.mul, g, 0.25, out=gx[corner])
         return gx
 
     return out, backward
@@ -384,13 +404,13 @@ def _avg_pool2d(module: nn.AvgPool2d, site: Site, tape: Tape, x: Tensor) -> tupl
 @_twin.register
 def _layer_norm(module: nn.LayerNorm, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
     width = x.shape[-1]
-    return _normalization(tape, site, x, tape.view(site.name, x, x.shape[0], -1, 1, width), module.eps)
+    return _normalization(tape, site, x, tape.view(x, x.shape[0], -1, 1, width), module.eps)
 
 
 @_twin.register
 def _group_norm(module: nn.GroupNorm, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
     replicas, batch, *_, channels = x.shape
-    return _normalization(tape, site, x, tape.view(site.name, x, replicas, batch, -1, channels), module.eps)
+    return _normalization(tape, site, x, tape.view(x, replicas, batch, -1, channels), module.eps)
 
 
 def _normalization(tape: Tape, site: Site, x: Tensor, groups: Tensor, eps: float) -> tuple[Tensor, Backward]:
@@ -401,12 +421,11 @@ def _normalization(tape: Tape, site: Site, x: Tensor, groups: Tensor, eps: float
     """
     replicas, count, positions, channels = groups.shape
     size = positions * channels
-    buffer = tape.workspace.buffer
     weight, bias = (site[name].value.view(replicas, 1, 1, channels) for name in ("weight", "bias"))
     flat = groups.view(replicas, count, size)
-    mean, inverse = (buffer(f"{site.name}{name}", (replicas, count, 1)) for name in ("mean", "inverse"))
-    normal, scratch = (buffer(f"{site.name}{name}", (replicas, count, size)) for name in ("normal", "scratch"))
-    out = buffer(f"{site.name}out", tuple(groups.shape))
+    mean, inverse = (tape.take(replicas, count, 1) for _ in range(2))
+    normal, scratch = (tape.take(replicas, count, size) for _ in range(2))
+    out = tape.take(*groups.shape)
     tape.call(torch.sum, flat, -1, True, out=mean)
     tape.call(mean.mul_, 1 / size)
     tape.call(torch.sub, flat, mean, out=normal)
@@ -417,22 +436,24 @@ def _normalization(tape: Tape, site: Site, x: Tensor, groups: Tensor, eps: float
     tape.call(inverse.rsqrt_)
     tape.call(normal.mul_, inverse)
     tape.call(torch.addcmul, bias, normal.view(groups.shape), weight, out=out)
+    tape.release(mean, scratch)
+    tape.until_backward(inverse, normal)
 
     def backward(g: Tensor) -> Tensor:
-        gg = tape.view(f"{site.name}g", g, *groups.shape)
-        shaped = scratch.view(groups.shape)
-        tape.call(torch.mul, gg, normal.view(groups.shape), out=shaped)
-        tape.add_sum(site["weight"].gradient, shaped, (1, 2))
+        gg = tape.view(g, *groups.shape)
+        scratch, gx = (tape.take(replicas, count, size) for _ in range(2))
+        slope, level = (tape.take(replicas, count, 1) for _ in range(2))
+        tape.call(torch.mul, gg, normal.view(groups.shape), out=scratch.view(groups.shape))
+        tape.add_sum(site["weight"].gradient, scratch.view(groups.shape), (1, 2))
         tape.add_sum(site["bias"].gradient, gg, (1, 2))
-        gx = buffer(f"{site.name}gx", (replicas, count, size))
         tape.call(torch.mul, gg, weight, out=gx.view(groups.shape))
         tape.call(torch.mul, gx, normal, out=scratch)
-        slope, level = (buffer(f"{site.name}{name}", (replicas, count, 1)) for name in ("slope", "mean"))
         tape.call(torch.sum, scratch, -1, True, out=slope)
         tape.call(torch.sum, gx, -1, True, out=level)
         tape.call(gx.sub_, level, alpha=1 / size)
         tape.call(gx.addcmul_, normal, slope, value=-1 / size)
         tape.call(gx.mul_, inverse)
+        tape.release(scratch, slope, level, inverse, normal)
         return gx.view(x.shape)
 
     return out.view(x.shape), backward
@@ -442,19 +463,22 @@ def _normalization(tape: Tape, site: Site, x: Tensor, groups: Tensor, eps: float
 def _embedding(module: nn.Embedding, site: Site, tape: Tape, tokens: Tensor) -> tuple[Tensor, Backward]:
     weight = site["weight"]
     replicas, vocabulary, width = weight.value.shape
-    table = tape.workspace.buffer(f"{site.name}table", (replicas, vocabulary, width))
-    rows = tape.workspace.buffer(f"{site.name}rows", tuple(tokens.shape), torch.int64)
-    out = tape.workspace.buffer(f"{site.name}out", (*tokens.shape, width))
+    table = tape.take(replicas, vocabulary, width)
+    rows = tape.take(*tokens.shape, dtype=torch.int64)
+    out = tape.take(*tokens.shape, width)
     first = torch.arange(replicas, device=tokens.device).view(-1, *[1] * (tokens.dim() - 1)) * vocabulary
     tape.call(table.copy_, weight.value)
     tape.call(torch.add, tokens, first, out=rows)
     tape.call(torch.index_select, table.flatten(0, 1), 0, rows.flatten(), out=out.view(-1, width))
+    tape.until_backward(rows)
+    tape.release(table)
 
     def backward(g: Tensor) -> Tensor:
-        gt = tape.workspace.buffer(f"{site.name}gt", tuple(table.shape))
+        gt = tape.take(*table.shape)
         tape.call(gt.zero_)
-        tape.call(gt.flatten(0, 1).index_add_, 0, rows.flatten(), tape.view(f"{site.name}g", g, -1, width))
+        tape.call(gt.flatten(0, 1).index_add_, 0, rows.flatten(), tape.view(g, -1, width))
         tape.add_gradient(weight.gradient, gt)
+        tape.release(gt, rows)
         return g
 
     return out, backward
@@ -463,7 +487,7 @@ def _embedding(module: nn.Embedding, site: Site, tape: Tape, tokens: Tensor) -> 
 @_twin.register
 def _position(module: Position, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
     weight = site["weight"]
-    out = _like(tape, site, "out", x)
+    out = tape.take(*x.shape)
     tape.call(torch.add, x, weight.value.unsqueeze(1), out=out)
 
     def backward(g: Tensor) -> Tensor:
@@ -478,44 +502,45 @@ def _attention(module: Attention, site: Site, tape: Tape, x: Tensor) -> tuple[Te
     replicas, batch, length, width = x.shape
     heads = module.heads
     size = width // heads
-    buffer = tape.workspace.buffer
-    qkv, qkv_backward = _affine(tape, f"{site.name}qkv.", site["qkv.weight"], site["qkv.bias"], x, site.first)
+    qkv, qkv_backward = _affine(tape, site["qkv.weight"], site["qkv.bias"], x, site.first)
 
     def split(packed: Tensor) -> tuple[Tensor, ...]:
         """`[replicas, batch, length, 3 * width]` to three views `[replicas, batch, heads, length, size]`."""
         return packed.view(replicas, batch, length, 3, heads, size).permute(3, 0, 1, 4, 2, 5).unbind(0)
 
-    def merged(name: str) -> tuple[Tensor, Tensor]:
-        """A buffer `[replicas, batch, length, width]`, and its view by heads."""
-        whole = buffer(f"{site.name}{name}", (replicas, batch, length, width))
-        return whole, whole.view(replicas, batch, length, heads, size).transpose(2, 3)
+    def by_head(whole: Tensor) -> Tensor:
+        """`[replicas, batch, length, width]` as `[replicas, batch, heads, length, size]`."""
+        return whole.view(replicas, batch, length, heads, size).transpose(2, 3)
 
     q, k, v = split(qkv)
-    weights, scores = (
-        buffer(f"{site.name}{name}", (replicas, batch, heads, length, length)) for name in ("weights", "scores")
-    )
+    scores, weights = (tape.take(replicas, batch, heads, length, length) for _ in range(2))
     tape.matmul(q, k.transpose(-1, -2), scores)
     tape.call(scores.mul_, size**-0.5)
     if module.causal:
         future = torch.full((length, length), -math.inf, device=x.device, dtype=x.dtype).triu(1)
         tape.call(scores.add_, future)
     tape.call(torch.softmax, scores, -1, out=weights)
-    mixed, mixed_by_head = merged("mixed")
-    tape.matmul(weights, v, mixed_by_head)
-    out, out_backward = _affine(tape, f"{site.name}out.", site["out.weight"], site["out.bias"], mixed)
+    mixed = tape.take(replicas, batch, length, width)
+    tape.matmul(weights, v, by_head(mixed))
+    tape.release(scores)
+    tape.until_backward(qkv, weights)
+    out, out_backward = _affine(tape, site["out.weight"], site["out.bias"], mixed)
+    tape.until_backward(mixed)
 
     def backward(g: Tensor) -> Tensor:
-        by_head = out_backward(g).view(replicas, batch, length, heads, size).transpose(2, 3)
-        packed = buffer(f"{site.name}packed", tuple(qkv.shape))
+        gm = out_backward(g)
+        packed, gw, gs = tape.take(*qkv.shape), tape.take(*weights.shape), tape.take(*weights.shape)
         gq, gk, gv = split(packed)
-        gw = buffer(f"{site.name}gw", tuple(weights.shape))
-        tape.matmul(weights.transpose(-1, -2), by_head, gv)
-        tape.matmul(by_head, v.transpose(-1, -2), gw)
-        tape.call(_aten._softmax_backward_data.out, gw, weights, -1, weights.dtype, grad_input=scores)
-        tape.call(scores.mul_, size**-0.5)
-        tape.matmul(scores, k, gq)
-        tape.matmul(scores.transpose(-1, -2), q, gk)
-        return qkv_backward(packed)
+        tape.matmul(weights.transpose(-1, -2), by_head(gm), gv)
+        tape.matmul(by_head(gm), v.transpose(-1, -2), gw)
+        tape.call(_aten._softmax_backward_data.out, gw, weights, -1, weights.dtype, grad_input=gs)
+        tape.call(gs.mul_, size**-0.5)
+        tape.matmul(gs, k, gq)
+        tape.matmul(gs.transpose(-1, -2), q, gk)
+        tape.release(gm, gw, gs, weights, mixed, qkv)
+        gx = qkv_backward(packed)
+        tape.release(packed)
+        return gx
 
     return out, backward
 
@@ -532,20 +557,16 @@ def _gru(module: GRU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backwa
     gates = slice(0, 2 * width)
     rest = slice(2 * width, None)
 
-    def buffer(name: str, *last: int) -> Tensor:
-        return tape.workspace.buffer(f"{site.name}{name}", (replicas, *last))
-
     weight, bias = site["weight_hh_l0"], site["bias_hh_l0"]
-    matrix = buffer("matrix", width, 3 * width)  # a product with it is three times as fast as one with its transpose
+    matrix = tape.take(replicas, width, 3 * width)  # a product with it is three times as fast as one with its transpose
+    ordered = tape.take(replicas, length, batch, inputs)
     tape.call(matrix.copy_, weight.value.transpose(1, 2))
-    ordered = buffer("ordered", length, batch, inputs)
     tape.call(ordered.copy_, x.transpose(1, 2))
-    a, a_backward = _affine(
-        tape, f"{site.name}in.", site["weight_ih_l0"], site["bias_ih_l0"], ordered, site.first
-    )
-    state = tape.workspace.zeros(f"{site.name}state", (replicas, length + 1, batch, width))  # the first stays zero
-    gate, c, n = buffer("gate", length, batch, 2 * width), buffer("c", length, batch, width), buffer("n", length, batch, width)
-    hidden = buffer("hidden", batch, 3 * width)
+    a, a_backward = _affine(tape, site["weight_ih_l0"], site["bias_ih_l0"], ordered, site.first)
+    state = tape.workspace.named(f"{site.name}state", (replicas, length + 1, batch, width))  # the first stays zero
+    gate = tape.take(replicas, length, batch, 2 * width)
+    c, n = (tape.take(replicas, length, batch, width) for _ in range(2))
+    hidden = tape.take(replicas, batch, 3 * width)
     for t in range(length):
         h, next_h = state[:, t], state[:, t + 1]
         tape.matmul(h, matrix, hidden)
@@ -556,40 +577,41 @@ def _gru(module: GRU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backwa
         tape.call(torch.addcmul, a[:, t, :, rest], gate[:, t, :, :width], c[:, t], out=n[:, t])
         tape.tanh(n[:, t], n[:, t])
         tape.call(torch.lerp, n[:, t], h, gate[:, t, :, width:], out=next_h)
-    out = buffer("out", batch, length, width)
+    out = tape.take(replicas, batch, length, width)
     tape.call(out.copy_, state[:, 1:].transpose(1, 2))
+    tape.release(a, hidden, matrix)
+    tape.until_backward(ordered, gate, c, n)
 
     def backward(g: Tensor) -> Tensor:
-        ga, gh = buffer("ga", length, batch, 3 * width), buffer("gh", length, batch, 3 * width)
-        carried, gate_gradient = buffer("carried", batch, width), buffer("gate gradient", batch, 2 * width)
-        product, scratch = buffer("product", batch, width), buffer("scratch", batch, width)
+        ga, gh = (tape.take(replicas, length, batch, 3 * width) for _ in range(2))
+        carried, product, onward = (tape.take(replicas, batch, width) for _ in range(3))
+        gg = tape.take(replicas, batch, 2 * width)
         by_time = g.transpose(1, 2)
         tape.call(carried.copy_, by_time[:, -1])
         for t in reversed(range(length)):
             r, z = gate[:, t, :, :width], gate[:, t, :, width:]
-            tape.call(torch.sub, state[:, t], n[:, t], out=scratch)
-            tape.call(torch.mul, carried, scratch, out=gate_gradient[..., width:])
-            tape.call(torch.mul, carried, z, out=scratch)
-            tape.call(carried.sub_, scratch)  # gradient of n; what goes on to h is in scratch
+            tape.call(torch.sub, state[:, t], n[:, t], out=onward)
+            tape.call(torch.mul, carried, onward, out=gg[..., width:])
+            tape.call(torch.mul, carried, z, out=onward)
+            tape.call(carried.sub_, onward)  # of what arrives, the part that goes into n
             tape.call(_aten.tanh_backward.grad_input, carried, n[:, t], grad_input=ga[:, t, :, rest])
             tape.call(torch.mul, ga[:, t, :, rest], r, out=gh[:, t, :, rest])
-            tape.call(torch.mul, ga[:, t, :, rest], c[:, t], out=gate_gradient[..., :width])
-            tape.call(_aten.sigmoid_backward.grad_input, gate_gradient, gate[:, t], grad_input=ga[:, t, :, gates])
+            tape.call(torch.mul, ga[:, t, :, rest], c[:, t], out=gg[..., :width])
+            tape.call(_aten.sigmoid_backward.grad_input, gg, gate[:, t], grad_input=ga[:, t, :, gates])
             tape.call(gh[:, t, :, gates].copy_, ga[:, t, :, gates])
             if t:
                 tape.matmul(gh[:, t], weight.value, product)
-                tape.call(torch.add, product, scratch, out=carried)
+                tape.call(torch.add, product, onward, out=carried)
                 tape.call(carried.add_, by_time[:, t - 1])
         flat = gh.view(replicas, length * batch, 3 * width)
         tape.add_product(weight.gradient, flat.transpose(1, 2), state[:, :-1].flatten(1, 2))
         tape.add_sum(bias.gradient, flat, 1)
-        return a_backward(ga).transpose(1, 2)
+        tape.release(gh, carried, product, onward, gg, gate, c, n)
+        gx = a_backward(ga)
+        tape.release(ordered, ga)
+        return gx.transpose(1, 2)
 
     return out, backward
-
-
-def _like(tape: Tape, site: Site, name: str, x: Tensor) -> Tensor:
-    return tape.workspace.buffer(f"{site.name}{name}", tuple(x.shape))
 
 
 def record_loss(tape: Tape, outputs: Tensor, targets: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
@@ -602,34 +624,32 @@ def record_loss(tape: Tape, outputs: Tensor, targets: Tensor, loss: Loss) -> tup
     Returns:
         Buffers `[replicas]` and of the shape of `outputs`.
     """
-    replicas = outputs.shape[0]
-    losses = tape.workspace.buffer("losses", (replicas,))
-    gradient = tape.workspace.buffer("loss gradient", tuple(outputs.shape))
-    scale = targets[0].numel()
+    replicas, scale = outputs.shape[0], targets[0].numel()
+    losses = tape.take(replicas)
+    gradient = tape.take(*outputs.shape)
     if loss == "mse":
-        squares = tape.workspace.buffer("squares", tuple(outputs.shape))
+        squares = tape.take(*outputs.shape)
         tape.call(torch.sub, outputs, targets, out=gradient)
         tape.call(torch.mul, gradient, gradient, out=squares)
         tape.call(torch.mean, squares.view(replicas, -1), 1, out=losses)
         tape.call(gradient.mul_, 2 / scale)
+        tape.release(squares)
         return losses, gradient
     classes = outputs.shape[-1]
     # Classes before rows: torch's softmax over a short last dimension is ten times as slow.
-    logits, logs, slopes = (
-        tape.workspace.buffer(name, (replicas, classes, scale)) for name in ("logits", "logs", "slopes")
-    )
+    logits, logs = (tape.take(replicas, classes, scale) for _ in range(2))
+    picked = tape.take(replicas, 1, scale)
     index = targets.view(replicas, 1, scale)
-    picked = tape.workspace.buffer("picked", (replicas, 1, scale))
-    minus_one = torch.full_like(picked, -1.0)
-    tape.call(logits.copy_, tape.view("outputs", outputs, replicas, scale, classes).transpose(1, 2))
+    tape.call(logits.copy_, tape.view(outputs, replicas, scale, classes).transpose(1, 2))
     tape.call(torch.log_softmax, logits, 1, out=logs)
     tape.call(torch.gather, logs, 1, index, out=picked)
     tape.call(torch.sum, picked.view(replicas, scale), 1, out=losses)
     tape.call(losses.mul_, -1 / scale)
     if tape.training:
-        tape.call(torch.exp, logs, out=slopes)
-        tape.call(slopes.scatter_add_, 1, index, minus_one)
-        tape.call(torch.div, slopes.transpose(1, 2), scale, out=gradient.view(replicas, scale, classes))
+        tape.call(torch.exp, logs, out=logits)
+        tape.call(logits.scatter_add_, 1, index, torch.full_like(picked, -1.0))
+        tape.call(torch.div, logits.transpose(1, 2), scale, out=gradient.view(replicas, scale, classes))
+    tape.release(logits, logs, picked)
     return losses, gradient
 
 

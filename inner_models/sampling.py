@@ -17,6 +17,16 @@ def draw_order(rows: int, examples: int, generator: np.random.Generator) -> NDAr
     return np.concatenate([generator.permutation(rows) for _ in range(epochs)])[:examples]
 
 
+def draw_bytes(generator: np.random.Generator, count: int) -> NDArray[np.uint8]:
+    """`count` random bytes, a multiple of 8: the same ones however many calls they are drawn in.
+
+    Twice as fast as `Generator.bytes`.
+    """
+    if count % 8:
+        raise ValueError(f"the number of bytes must be a multiple of 8, not {count}")
+    return generator.integers(0, 2**64 - 1, count // 8, dtype=np.uint64, endpoint=True).view(np.uint8)
+
+
 class BatchSampler:
     """A `torch.utils.data` batch sampler whose `batch_size` may be set between (or during) passes.
 

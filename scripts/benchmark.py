@@ -1,130 +1,152 @@
-"""How fast inner training is: the batched engine against the reference, and what the tuner costs a user's loop."""
+"""How fast inner training is, beside others and beside what the machine allows; what meta-training and the tuner cost.
+
+All figures come from one run, the sides of a ratio measured in turn. `scripts/benchmarking` says how each is taken.
+"""
 
 from __future__ import annotations
 
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.table import Table
-from torch import nn
 
-from agents.policy import ControlPolicy
-from agents.tuner import Tuner, pretrained_path
-from hpo_env.actions import calibrated
-from hpo_env.hyperparameters import CONTROLS
-from inner_models.batched_training import BatchedTraining
-from inner_models.sampling import MICRO_BATCH
+from agents.presets import PRESETS
 from inner_models.tasks import Task
-from inner_models.training import Training
-from scripts.common import check_device, console, run_main, write_json
+from scripts.benchmarking.growth import against_intervals, against_replicas, bytes_per_replica
+from scripts.benchmarking.limits import share_of_limit
+from scripts.benchmarking.meta_training import iteration_split
+from scripts.benchmarking.processes import Crew, cores
+from scripts.benchmarking.provenance import provenance
+from scripts.benchmarking.speed import Setting, compare
+from scripts.benchmarking.tuner import overhead
+from scripts.common import check_device, console, known, progress_bar, run_main, write_json
 
-TASKS = ("digits/linear", "digits/mlp", "digits/cnn", "waveforms/gru", "waveforms/transformer")
+INTERVAL_EXAMPLES = 512
+REPLICAS = {"cpu": (1, 8, 32, 128, 512), "cuda": (1, 8, 32, 128, 512, 2048, 8192)}
+MIN_PAIRS = 7
+"""Epochs in turn with and without the tuner, at least."""
 
 
 @dataclass
 class Config:
-    """Measure inner steps per second (batches of 16, one thread) and the tuner's overhead; medians of repeats."""
+    """Measure the engine, meta-training and the tuner. Takes 8 to 10 minutes on 2 cores; leave them alone."""
 
     device: str = "cpu"
-    """cpu or cuda."""
+    """Where the engine trains: cpu (one process a core) or cuda (one process)."""
     json: Path | None = None
     """Also write the figures to this file."""
-    replicas: tuple[int, ...] = (1, 8, 32, 128)
-    """Replica counts of the engine."""
+    tasks: tuple[str, ...] = ("digits/linear", "digits/mlp", "digits/cnn", "waveforms/gru", "waveforms/transformer")
+    """Tasks, one of each model kind."""
+    replicas: tuple[int, ...] = ()
+    """Replica counts of a process, ascending; 1 to 512 (on a GPU 8192) when none are given."""
     repeats: int = 5
-    """Measurements of each; the median is reported."""
+    """Pairs of measurements behind each ratio; the median is reported."""
+    seconds: float = 0.4
+    """Shortest time of a measurement."""
+    processes: int = 0
+    """Worker processes on the CPU; one a core when 0."""
+    intervals: int = 10_000
+    """Intervals of the long run that shows leaks."""
+    preset: str = "default"
+    """Preset whose sizes the meta-training iterations take."""
+    iterations: int = 2
+    """Meta-training iterations measured, after one that warms up."""
 
 
 def main(config: Config) -> None:
     check_device(config.device)
-    torch.set_num_threads(1)
-    table = Table(title=f"inner steps per second, batches of {MICRO_BATCH}, one thread, {config.device}")
-    for heading in ("task", "reference", *(f"engine, {count} replicas" for count in config.replicas), "best ratio"):
-        table.add_column(heading, justify="left" if heading == "task" else "right")
-    result: dict[str, Any] = {}
-    for name in TASKS:
-        task = Task.named(name, interval_examples=512)
-        reference = _median(partial(_reference, task, config.device), config.repeats)
-        engine = {
-            count: _median(partial(_engine, task, count, config.device), config.repeats) for count in config.replicas
-        }
-        best = max(engine.values())
-        result[name] = {"reference": reference, "engine": engine, "best_ratio": best / reference}
+    preset = PRESETS[known("preset", config.preset, list(PRESETS))]
+    tasks = [Task.named(name, interval_examples=INTERVAL_EXAMPLES) for name in config.tasks]
+    kind_of_device = config.device.split(":")[0]
+    counts = config.replicas or REPLICAS[kind_of_device]
+    if len(counts) < 2 or counts[0] < 1 or list(counts) != sorted(set(counts)):
+        raise ValueError(f"replicas must be at least two ascending counts, not {counts}")
+    if min(config.repeats, config.intervals, config.iterations) < 1:
+        raise ValueError("repeats, intervals and iterations must be at least 1")
+    processes = config.processes or cores()
+    workers = processes if kind_of_device == "cpu" else 0
+    kinds: dict[str, Any] = {}
+    linearity: dict[str, Any] = {"replicas": {}}
+    with progress_bar("benchmark", len(tasks) + 3) as report:
+        with Crew(workers) as crew:
+            setting = Setting(crew, processes, config.device, config.repeats, config.seconds)
+            for done, task in enumerate(tasks):
+                report(done, task.name)
+                kind = task.model.kind
+                kinds[kind] = _measure(task, counts, setting)
+                linearity["replicas"][kind] = against_replicas(task, kinds[kind]["replicas"], crew.size)
+            described = provenance(crew, config.device) | {"command": _command(config), "processes": processes}
+        report(len(tasks), "a long run")
+        linearity["intervals"] = against_intervals(config.intervals, config.device)
+        report(len(tasks) + 1, "meta-training")
+        split = iteration_split(preset, iterations=config.iterations, workers=workers, device=config.device)
+        report(len(tasks) + 2, "tuner")
+        tuner = overhead(max(MIN_PAIRS, config.repeats), config.device)
+        report(len(tasks) + 3, "done")
+    result = {
+        kind_of_device: kinds,
+        "linearity": linearity,
+        "meta_training": split,
+        "tuner": tuner,
+        "provenance": described,
+    }
+    _print(kinds, result)
+    if config.json:
+        write_json(config.json, result)
+
+
+def _measure(task: Task, counts: Sequence[int], setting: Setting) -> dict[str, Any]:
+    compared = compare(task, counts, setting)
+    best, reached = compared["best_replicas"], compared["steps_per_second"]
+    return {
+        "task": task.name,
+        **compared,
+        **share_of_limit(task, best, reached, setting),
+        "bytes_per_replica": bytes_per_replica(task, setting.device),
+    }
+
+
+def _command(config: Config) -> str:
+    """The command line of this run, files by their names alone."""
+    words = ["python scripts/benchmark.py"]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            values = value if isinstance(value, tuple) else (value.name if isinstance(value, Path) else value,)
+            words += [f"--{field.name}", *map(str, values)]
+    return " ".join(words)
+
+
+def _print(kinds: dict[str, Any], result: dict[str, Any]) -> None:
+    ratios = [key for key in next(iter(kinds.values())) if key.startswith("ratio_") and not key.endswith("_range")]
+    table = Table(title="inner steps (batches of 16) of the engine; x: times as many as the other side's")
+    headings = ["model", "steps/s", "replicas", *(key.replace("ratio_", "x ").replace("_", ", ") for key in ratios)]
+    for heading in (*headings, "share of limit", "kB/replica", "exponent"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for kind, figures in kinds.items():
         table.add_row(
-            name, f"{reference:,.0f}", *(f"{rate:,.0f}" for rate in engine.values()), f"{best / reference:.1f}x"
+            kind,
+            f"{figures['steps_per_second']:,.0f}",
+            str(figures["best_replicas"]),
+            *("-" if figures[key] is None else f"{figures[key]:.1f}" for key in ratios),
+            f"{figures['share_of_limit']:.0%}",
+            f"{figures['bytes_per_replica'] / 1e3:,.0f}",
+            f"{result['linearity']['replicas'][kind].get('exponent', math.nan):.2f}",
         )
     console.print(table)
-    tuner = _tuner_overhead(config.repeats)
+    long_run, split, tuner = result["linearity"]["intervals"], result["meta_training"], result["tuner"]
     console.print(
-        f"tuner, 1 M-parameter MLP, batches of 128: {tuner['share_of_loop']:.2%} of the loop, "
-        f"{1e3 * tuner['seconds_per_decision']:.2f} ms a decision"
+        f"{long_run['intervals']:,} intervals: time ~ intervals^{long_run['exponent']:.3f}, "
+        f"memory {long_run['rss_bytes_per_interval']:+.1f} bytes an interval"
     )
-    if config.json:
-        machine = {"machine": platform.machine(), "torch": torch.__version__, "repeats": config.repeats}
-        write_json(config.json, {config.device: result, "tuner": tuner, "provenance": machine})
-
-
-def _median(measure: Callable[[], float], repeats: int) -> float:
-    measure()  # warm-up
-    return statistics.median(measure() for _ in range(repeats))
-
-
-def _reference(task: Task, device: str) -> float:
-    training = Training(task, 0, device=device)
-    training.batch_sampler.batch_size = MICRO_BATCH
-    started = time.perf_counter()
-    training.advance()
-    _synchronize(device)
-    return training.data.interval_examples / MICRO_BATCH / (time.perf_counter() - started)
-
-
-def _engine(task: Task, replicas: int, device: str) -> float:
-    training = BatchedTraining(task, range(replicas), device=device)
-    values = calibrated(task.optimizer).values(np.full(replicas, 0.5)) | {"batch_size": np.full(replicas, 16.0)}
-    started = time.perf_counter()
-    training.advance({name: values[name] for name in CONTROLS})
-    _synchronize(device)
-    assert task.interval_examples is not None
-    return replicas * (task.interval_examples // MICRO_BATCH) / (time.perf_counter() - started)
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def _tuner_overhead(repeats: int) -> dict[str, float]:
-    """Time of an epoch of 50 batches with and without the tuner, in turn; and of a decision alone."""
-    policy = ControlPolicy.load(pretrained_path())
-    x, y = torch.randn(128, 512), torch.randint(10, (128,))
-
-    def loop(with_tuner: bool) -> tuple[float, float]:
-        model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 450), nn.ReLU(), nn.Linear(450, 10))
-        optimizer = torch.optim.AdamW(model.parameters())
-        tuner = Tuner(policy, optimizer, model=model, total_epochs=10) if with_tuner else None
-        started = time.perf_counter()
-        for _ in range(50):
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), y)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        middle = time.perf_counter()
-        if tuner:
-            tuner.step(train_loss=loss.item(), val_loss=1.0)
-        return middle - started, time.perf_counter() - middle
-
-    loop(True)
-    pairs = [(loop(True), loop(False)) for _ in range(repeats)]
-    share = statistics.median((sum(tuned) - sum(plain)) / sum(plain) for tuned, plain in pairs)
-    return {"share_of_loop": share, "seconds_per_decision": statistics.median(tuned[1] for tuned, _ in pairs)}
+    shares = ", ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in split["shares"].items())
+    console.print(f"meta-training, an iteration of {split['seconds_per_iteration']:.1f} s: {shares}")
+    for title, suffix in (("tuner", ""), ("tuner, a snapshot every epoch", "_with_snapshot")):
+        share, decision = tuner[f"share_of_loop{suffix}"], tuner[f"seconds_per_decision{suffix}"]
+        console.print(f"{title}: {share:+.2%} of the loop, {1e3 * decision:.1f} ms a decision")
 
 
 if __name__ == "__main__":

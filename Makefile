@@ -1,4 +1,5 @@
 PYTHON := .venv/bin/python
+DEVICE ?= cpu
 
 .PHONY: install demo test check benchmark
 
@@ -23,4 +24,4 @@ check: install
 	$(PYTHON) -m mypy
 
 benchmark: install
-	$(PYTHON) scripts/benchmark.py
+	$(PYTHON) scripts/benchmark.py --device $(DEVICE) --json results/benchmark_$(DEVICE).json

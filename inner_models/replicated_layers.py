@@ -2,7 +2,8 @@
 
 A twin records the calls of its forward pass on a tape and returns the function that records those of its backward pass.
 Inputs are `[replicas, batch, ...]` (images channels-last), parameters `[replicas, *parameter shape]`. No call writes into
-its layer's input or into the gradient of its output, so layers may be combined freely.
+the gradient of its layer's output, nor, unless `Site.spent` allows it, into the layer's input: layers may be combined
+freely.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Site:
         masks: its mask source, if it is a dropout layer.
         first: no layer before it has parameters, so nothing needs its input's gradient.
         channels_last: its input is an image that a convolution has seen.
+        spent: its input may be overwritten.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Site:
     masks: MaskSource | None = None
     first: bool = False
     channels_last: bool = False
+    spent: bool = False
 
     def __getitem__(self, name: str) -> Parameter:
         return self.parameters[name]
@@ -80,7 +83,27 @@ def record(
     """
     dropouts = [module for module in model.modules() if isinstance(module, Dropout)]
     sources = {id(module): source for module, source in zip(dropouts, masks, strict=True)}
-    return _chain(model, "", parameters, sources, tape, x, outermost=True)
+    chain = _chain(model, "", parameters, sources, tape, x, outermost=True)
+    return chain.out, chain.backward
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """A recorded chain of layers.
+
+    Attributes:
+        out: its output.
+        backward: records its backward pass, and releases the outputs of its layers as it goes.
+        spent: nothing but what follows needs `out`, so it may be overwritten.
+    """
+
+    out: Tensor
+    backward: Backward
+    spent: bool
+
+
+_KEEP_OUTPUT = (nn.ReLU, nn.Tanh)
+"""Layers whose backward pass reads their output."""
 
 
 def _chain(
@@ -91,61 +114,60 @@ def _chain(
     tape: Tape,
     x: Tensor,
     outermost: bool = False,
-) -> tuple[Tensor, Backward]:
+) -> _Chain:
     """Layers one after the other. `x` and the gradient of the output are the caller's to release."""
-    steps: list[tuple[Backward, Tensor, Tensor]] = []
-    given, first, images = x, outermost, False
+    steps: list[tuple[Backward, Tensor | None]] = []
+    given, first, images, spent = x, outermost, False, False
     for key, module in model.named_children():
         name = f"{prefix}{key}."
+        owned = True
         if isinstance(module, Residual):
-            out, backward = _residual(module, name, parameters, sources, tape, x)
+            body = _chain(module.body, f"{name}body.", parameters, sources, tape, x)
+            out, backward = _residual(tape, x, body)
+            owned = not same_memory(out, body.out)  # else its body releases it
         else:
             _check_options(module)
             own = {path.removeprefix(name): value for path, value in parameters.items() if path.startswith(name)}
-            site = Site(name, own, sources.get(id(module)), first, images)
+            site = Site(name, own, sources.get(id(module)), first, images, spent)
             out, backward = _twin(module, site, tape, x)
-        if not tape.training and not same_memory(x, given) and not same_memory(x, out):
+        fresh = not same_memory(x, out)
+        if not tape.training and fresh and not same_memory(x, given):
             tape.release(x)
         if not first or any(True for _ in module.parameters()):  # nothing before the first parameters has a gradient
             first = False
-            steps.append((backward, x, out))
+            steps.append((backward, out if owned and fresh else None))
         images |= isinstance(module, nn.Conv2d)
+        spent = not isinstance(module, _KEEP_OUTPUT) and (fresh or (spent and isinstance(module, Dropout)))
         x = out
 
     def all_backward(gradient: Tensor) -> Tensor:
         g = gradient
-        for backward, before, out in reversed(steps):
+        for backward, out in reversed(steps):
             gx = backward(g)
             if not same_memory(g, gradient) and not same_memory(g, gx):
                 tape.release(g)
-            if not same_memory(before, out):
+            if out is not None:
                 tape.release(out)
             g = gx
         return g
 
-    return x, all_backward
+    return _Chain(x, all_backward, spent)
 
 
-def _residual(
-    module: Residual,
-    name: str,
-    parameters: Mapping[str, Parameter],
-    sources: Mapping[int, MaskSource],
-    tape: Tape,
-    x: Tensor,
-) -> tuple[Tensor, Backward]:
-    inner, body = _chain(module.body, f"{name}body.", parameters, sources, tape, x)
-    out = tape.take(*x.shape)
-    tape.call(torch.add, x, inner, out=out)
-    tape.until_backward(inner)
+def _residual(tape: Tape, x: Tensor, body: _Chain) -> tuple[Tensor, Backward]:
+    out = body.out if body.spent else tape.take(*x.shape)
+    tape.call(torch.add, x, body.out, out=out)
+    if not body.spent:
+        tape.until_backward(body.out)
 
     def backward(g: Tensor) -> Tensor:
-        through = body(g)
-        gx = tape.take(*x.shape)
-        tape.call(torch.add, g, through, out=gx)
-        if not same_memory(through, g):
-            tape.release(through)
-        return gx
+        through = body.backward(g)
+        if same_memory(through, g):
+            gx = tape.take(*x.shape)
+            tape.call(torch.add, g, through, out=gx)
+            return gx
+        tape.call(through.add_, g)
+        return through
 
     return out, backward
 
@@ -186,7 +208,7 @@ def _dropout(module: Dropout, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor
     if tape.rows.start == 0:
         tape.program.add_before(site.masks.fill, tape.workspace.named("keep", size, torch.bool), masks)
     mask = masks[tape.rows]
-    out = tape.take(*shape)
+    out = x if site.spent else tape.take(*shape)
     tape.call(torch.mul, x, mask.view(shape), out=out)
 
     def backward(g: Tensor) -> Tensor:
@@ -426,12 +448,12 @@ def _normalization(tape: Tape, site: Site, x: Tensor, groups: Tensor, eps: float
     mean, inverse = (tape.take(replicas, count, 1) for _ in range(2))
     normal, scratch = (tape.take(replicas, count, size) for _ in range(2))
     out = tape.take(*groups.shape)
-    tape.call(torch.sum, flat, -1, True, out=mean)
-    tape.call(mean.mul_, 1 / size)
+    # A product with a constant vector is the fastest mean over a short dimension.
+    average = torch.full((size, 1), 1 / size, device=x.device, dtype=x.dtype)
+    tape.matmul(flat, average, mean)
     tape.call(torch.sub, flat, mean, out=normal)
     tape.call(torch.mul, normal, normal, out=scratch)
-    tape.call(torch.sum, scratch, -1, True, out=inverse)
-    tape.call(inverse.mul_, 1 / size)
+    tape.matmul(scratch, average, inverse)
     tape.call(inverse.add_, eps)
     tape.call(inverse.rsqrt_)
     tape.call(normal.mul_, inverse)
@@ -442,16 +464,17 @@ def _normalization(tape: Tape, site: Site, x: Tensor, groups: Tensor, eps: float
     def backward(g: Tensor) -> Tensor:
         gg = tape.view(g, *groups.shape)
         scratch, gx = (tape.take(replicas, count, size) for _ in range(2))
-        slope, level = (tape.take(replicas, count, 1) for _ in range(2))
-        tape.call(torch.mul, gg, normal.view(groups.shape), out=scratch.view(groups.shape))
-        tape.add_sum(site["weight"].gradient, scratch.view(groups.shape), (1, 2))
+        shaped = scratch.view(groups.shape)
+        tape.call(torch.mul, gg, normal.view(groups.shape), out=shaped)
+        tape.add_sum(site["weight"].gradient, shaped, (1, 2))
         tape.add_sum(site["bias"].gradient, gg, (1, 2))
         tape.call(torch.mul, gg, weight, out=gx.view(groups.shape))
         tape.call(torch.mul, gx, normal, out=scratch)
-        tape.call(torch.sum, scratch, -1, True, out=slope)
-        tape.call(torch.sum, gx, -1, True, out=level)
-        tape.call(gx.sub_, level, alpha=1 / size)
-        tape.call(gx.addcmul_, normal, slope, value=-1 / size)
+        slope, level = (tape.take(replicas, count, 1) for _ in range(2))
+        tape.matmul(scratch, average, slope)
+        tape.matmul(gx, average, level)
+        tape.call(gx.sub_, level)
+        tape.call(gx.addcmul_, normal, slope, value=-1)
         tape.call(gx.mul_, inverse)
         tape.release(scratch, slope, level, inverse, normal)
         return gx.view(x.shape)
@@ -514,8 +537,8 @@ def _attention(module: Attention, site: Site, tape: Tape, x: Tensor) -> tuple[Te
 
     q, k, v = split(qkv)
     scores, weights = (tape.take(replicas, batch, heads, length, length) for _ in range(2))
+    tape.call(q.mul_, size**-0.5)
     tape.matmul(q, k.transpose(-1, -2), scores)
-    tape.call(scores.mul_, size**-0.5)
     if module.causal:
         future = torch.full((length, length), -math.inf, device=x.device, dtype=x.dtype).triu(1)
         tape.call(scores.add_, future)
@@ -534,8 +557,8 @@ def _attention(module: Attention, site: Site, tape: Tape, x: Tensor) -> tuple[Te
         tape.matmul(weights.transpose(-1, -2), by_head(gm), gv)
         tape.matmul(by_head(gm), v.transpose(-1, -2), gw)
         tape.call(_aten._softmax_backward_data.out, gw, weights, -1, weights.dtype, grad_input=gs)
-        tape.call(gs.mul_, size**-0.5)
         tape.matmul(gs, k, gq)
+        tape.call(gq.mul_, size**-0.5)
         tape.matmul(gs.transpose(-1, -2), q, gk)
         tape.release(gm, gw, gs, weights, mixed, qkv)
         gx = qkv_backward(packed)

@@ -24,7 +24,7 @@ from scripts.benchmarking.speed import Setting, compare
 from scripts.benchmarking.tuner import overhead
 from scripts.common import check_device, console, known, progress_bar, run_main, write_json
 
-INTERVAL_EXAMPLES = 512
+INTERVAL_EXAMPLES, HORIZON = 512, 100
 REPLICAS = {"cpu": (1, 8, 32, 128, 512), "cuda": (1, 8, 32, 128, 512, 2048, 8192)}
 MIN_PAIRS = 7
 """Epochs in turn with and without the tuner, at least."""
@@ -59,11 +59,13 @@ class Config:
 def main(config: Config) -> None:
     check_device(config.device)
     preset = PRESETS[known("preset", config.preset, list(PRESETS))]
-    tasks = [Task.named(name, interval_examples=INTERVAL_EXAMPLES) for name in config.tasks]
+    tasks = [Task.named(name, interval_examples=INTERVAL_EXAMPLES, horizon=HORIZON) for name in config.tasks]
     kind_of_device = config.device.split(":")[0]
     counts = config.replicas or REPLICAS[kind_of_device]
     if len(counts) < 2 or counts[0] < 1 or list(counts) != sorted(set(counts)):
         raise ValueError(f"replicas must be at least two ascending counts, not {counts}")
+    if len({task.model.kind for task in tasks}) < max(1, len(tasks)):
+        raise ValueError(f"give tasks of different model kinds, not {', '.join(config.tasks)}")
     if min(config.repeats, config.intervals, config.iterations) < 1:
         raise ValueError("repeats, intervals and iterations must be at least 1")
     processes = config.processes or cores()
@@ -82,7 +84,7 @@ def main(config: Config) -> None:
         report(len(tasks), "a long run")
         linearity["intervals"] = against_intervals(config.intervals, config.device)
         report(len(tasks) + 1, "meta-training")
-        split = iteration_split(preset, iterations=config.iterations, workers=workers, device=config.device)
+        split = iteration_split(preset, config.iterations, config.device)
         report(len(tasks) + 2, "tuner")
         tuner = overhead(max(MIN_PAIRS, config.repeats), config.device)
         report(len(tasks) + 3, "done")

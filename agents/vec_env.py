@@ -19,6 +19,7 @@ from hpo_env.env import Variation, action_space, observation_space
 from hpo_env.hyperparameters import CONTROLS, Array
 from hpo_env.rewards import leave_one_out
 from hpo_env.vector_env import HPOVectorEnv
+from inner_models.blas import environment, worker_environment
 from inner_models.tasks import Task, TaskDistribution
 
 Step = tuple[NDArray[np.float32], Array, NDArray[np.bool_], list[dict[str, Any]]]
@@ -180,13 +181,14 @@ class CohortVecEnv(VecEnv):
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
         context = multiprocessing.get_context("spawn")
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, arguments), daemon=True)
-            process.start()
-            theirs.close()
-            self._connections.append(ours)
-            self._processes.append(process)
+        with environment(worker_environment()):
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, arguments), daemon=True)
+                process.start()
+                theirs.close()
+                self._connections.append(ours)
+                self._processes.append(process)
 
     def reset(self) -> NDArray[np.float32]:
         if self._local is not None:

@@ -468,15 +468,17 @@ def _normalization(tape: Tape, site: Site, x: Tensor, groups: Tensor, eps: float
         tape.call(torch.mul, gg, normal.view(groups.shape), out=shaped)
         tape.add_sum(site["weight"].gradient, shaped, (1, 2))
         tape.add_sum(site["bias"].gradient, gg, (1, 2))
-        tape.call(torch.mul, gg, weight, out=gx.view(groups.shape))
-        tape.call(torch.mul, gx, normal, out=scratch)
+        # With y = weight * normal, both means of the gradient of `normal` are products with the weight.
         slope, level = (tape.take(replicas, count, 1) for _ in range(2))
-        tape.matmul(scratch, average, slope)
-        tape.matmul(gx, average, level)
+        spread = tape.take(replicas, size, 1)
+        tape.call(torch.div, weight.expand(replicas, 1, positions, channels), size, out=spread.view(replicas, 1, -1, channels))
+        tape.matmul(scratch, spread, slope)
+        tape.matmul(gg.view(replicas, count, size), spread, level)
+        tape.call(torch.mul, gg, weight, out=gx.view(groups.shape))
         tape.call(gx.sub_, level)
         tape.call(gx.addcmul_, normal, slope, value=-1)
         tape.call(gx.mul_, inverse)
-        tape.release(scratch, slope, level, inverse, normal)
+        tape.release(scratch, slope, level, spread, inverse, normal)
         return gx.view(x.shape)
 
     return out.view(x.shape), backward

@@ -95,7 +95,7 @@ class ControlPolicy(nn.Module):
         result: Tensor = self.network(normalized)
         return result.clamp(-1, 1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(
         self, observation: NDArray[np.float32], state: NDArray[np.float32] | None = None
     ) -> tuple[NDArray[np.float64], NDArray[np.float32] | None]:

@@ -369,25 +369,31 @@ class _Guard:
                 group.update(values)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": dict(self._first), "best": dict(self._best), "snapshot": self._snapshot}
+        return {"first": dict(self._first), "best": dict(self._best), "snapshot": _copied(self._snapshot)}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._first, self._best, self._snapshot = dict(state["first"]), dict(state["best"]), state["snapshot"]
+        self._first, self._best = dict(state["first"]), dict(state["best"])
+        self._snapshot = _copied(state["snapshot"])  # not the caller's own: the next best overwrites it
 
+    @torch.inference_mode(False)  # a tensor made in that mode could not be overwritten outside of it
     def _take(self) -> None:
-        self._snapshot = {
-            "model": _on_cpu(self._model.state_dict()),
-            "optimizer": _on_cpu(self._optimizer.state_dict()),
-        }
+        state = {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        self._snapshot = _copied(state, self._snapshot)
 
 
-def _on_cpu(state: Any) -> Any:
-    """A copy of a state dict, its tensors in main memory."""
+def _copied(state: Any, into: Any = None) -> Any:
+    """A copy of a state dict, its tensors in main memory: in those of `into`, an earlier copy, wherever they fit."""
     if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
+        fits = isinstance(into, Tensor) and (into.shape, into.dtype) == (state.shape, state.dtype)
+        return into.copy_(state.detach()) if fits else state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        return {key: _on_cpu(value) for key, value in state.items()}
-    return [_on_cpu(value) for value in state] if isinstance(state, list) else copy.deepcopy(state)
+        known = into if isinstance(into, dict) else {}
+        return {key: _copied(value, known.get(key)) for key, value in state.items()}
+    if isinstance(state, list):
+        known = dict(enumerate(into)) if isinstance(into, list) else {}
+        return [_copied(value, known.get(index)) for index, value in enumerate(state)]
+    return copy.deepcopy(state)
 
 
 def _chosen(controls: Sequence[str] | None, available: Sequence[str]) -> tuple[str, ...]:

@@ -64,7 +64,11 @@ class BatchedTraining:
         }
         size = job.block(self.replicas)
         self._blocks = [
-            _Block(job, {name: buffer[start : start + size] for name, buffer in self._state.items()}, seeds[start : start + size])
+            _Block(
+                job,
+                {name: buffer[start : start + size] for name, buffer in self._state.items()},
+                seeds[start : start + size],
+            )
             for start in range(0, self.replicas, size)
         ]
         self._block_of = [(block, row) for block in self._blocks for row in range(block.replicas)]
@@ -152,8 +156,9 @@ class _Job:
             return replicas
         return _even(replicas, _STATE_BYTES // (4 * self.dtype.itemsize * self.parameters))
 
+
 def _even(total: int, limit: int) -> int:
-    """Size of the parts when `total` is divided into parts of one size, or nearly so, of at most `limit` (at least 1)."""
+    """Size of the parts when `total` is divided evenly into parts of at most `limit`, or of 1."""
     return -(-total // -(-total // max(1, limit)))
 
 
@@ -379,4 +384,4 @@ class _Plan:
                 lr / (1 - BETA1**self.steps),
                 1 / np.sqrt(1 - BETA2**self.steps),
             ]
-        return np.stack(table, axis=2) * self.full[:, :, None]
+        return np.asarray(np.stack(table, axis=2) * self.full[:, :, None])

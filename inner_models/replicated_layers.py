@@ -1,9 +1,8 @@
 """Replicated twins of the layers in `inner_models.models`: the same mathematics for many replicas at once.
 
-A twin records the calls of its forward pass on a tape and returns the function that records those of its backward pass.
-Inputs are `[replicas, batch, ...]` (images channels-last), parameters `[replicas, *parameter shape]`. No call writes into
-the gradient of its layer's output, nor, unless `Site.spent` allows it, into the layer's input: layers may be combined
-freely.
+A twin records the calls of its forward pass on a tape and returns what records those of its backward pass. Inputs are
+`[replicas, batch, ...]` (images channels-last), parameters `[replicas, *parameter shape]`. No call writes into the
+gradient of its layer's output, nor, unless `Site.spent` allows it, into the layer's input: layers combine freely.
 """
 
 from __future__ import annotations
@@ -321,9 +320,7 @@ def _linear(module: nn.Linear, site: Site, tape: Tape, x: Tensor) -> tuple[Tenso
     return _affine(tape, site["weight"], site["bias"], x, site.first)
 
 
-def _affine(
-    tape: Tape, weight: Parameter, bias: Parameter, x: Tensor, first: bool = False
-) -> tuple[Tensor, Backward]:
+def _affine(tape: Tape, weight: Parameter, bias: Parameter, x: Tensor, first: bool = False) -> tuple[Tensor, Backward]:
     """x @ weight.T + bias."""
     replicas, outputs, inputs = weight.value.shape
     rows = tape.view(x, replicas, -1, inputs)
@@ -471,7 +468,8 @@ def _normalization(tape: Tape, site: Site, x: Tensor, groups: Tensor, eps: float
         # With y = weight * normal, both means of the gradient of `normal` are products with the weight.
         slope, level = (tape.take(replicas, count, 1) for _ in range(2))
         spread = tape.take(replicas, size, 1)
-        tape.call(torch.div, weight.expand(replicas, 1, positions, channels), size, out=spread.view(replicas, 1, -1, channels))
+        wide = (replicas, 1, positions, channels)
+        tape.call(torch.div, weight.expand(wide), size, out=spread.view(wide))
         tape.matmul(scratch, spread, slope)
         tape.matmul(gg.view(replicas, count, size), spread, level)
         tape.call(torch.mul, gg, weight, out=gx.view(groups.shape))

@@ -7,10 +7,13 @@ before the update.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 MEASURE_EVERY = 4
 
@@ -30,7 +33,10 @@ _MOMENTUM_KEYS = ("exp_avg", "momentum_buffer")
 def momentum_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
     """The first-moment buffer that `optimizer` keeps for `parameter`, if it keeps one."""
     state = optimizer.state.get(parameter, {})
-    return next((state[key] for key in _MOMENTUM_KEYS if isinstance(state.get(key), Tensor)), None)
+    for key in _MOMENTUM_KEYS:
+        if isinstance(momentum := state.get(key), Tensor):
+            return momentum
+    return None
 
 
 class GradientMeter:
@@ -43,28 +49,45 @@ class GradientMeter:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._start: dict[Tensor, Tensor] = {}
         self.begin()
 
+    @torch.inference_mode(False)  # a copy made in that mode could not be overwritten outside of it
+    @torch.no_grad()
     def begin(self) -> None:
         """Forget what was measured and start an interval here."""
         self._steps = 0
-        self._norms: list[Tensor] = []
-        self._cosines: list[Tensor] = []
-        self._start = {parameter: parameter.detach().clone() for parameter in self._parameters()}
+        self._products: list[Tensor] = []  # of each measured step: gradient^2, momentum^2, gradient * momentum
+        self._with_cosine: list[bool] = []
+        known = self._known()
+        self._start = {p: known[p] if p in known else torch.empty_like(p) for p in self._parameters()}
+        if self._start:
+            torch._foreach_copy_(list(self._start.values()), list(self._start))
 
+    @torch.no_grad()
     def finish(self) -> dict[str, float]:
         """Return the interval's `grad_norm`, `grad_norm_std`, `grad_cosine` and `update_ratio`, and start the next."""
-        kept = [
-            parameter for parameter in self._parameters() if parameter in self._start
-        ]  # neither new nor frozen since
-        moved = _norm([parameter.detach() - self._start[parameter] for parameter in kept])
-        ratio = moved / _norm([parameter.detach() for parameter in kept]).clamp_min(1e-12)
-        nan = torch.full_like(ratio, torch.nan)
-        norms = torch.stack(self._norms) if self._norms else nan[None]
-        cosine = torch.stack(self._cosines).mean() if self._cosines else nan
-        values = torch.stack([norms.mean(), norms.std(correction=0), cosine, ratio]).tolist()
+        known = self._known()
+        parameters, moved = list(known), list(known.values())
+        if known:
+            torch._foreach_sub_(moved, parameters)  # `begin` fills them anew
+        distance, size = torch.stack([_norm(moved), _norm(parameters)]).tolist()
+        products = _together(self._products).tolist() if self._products else []
+        norms = [math.sqrt(gg) for gg, _, _ in products]
+        cosines = [
+            gm / max(math.sqrt(gg) * math.sqrt(mm), 1e-12)
+            for (gg, mm, gm), measured in zip(products, self._with_cosine, strict=True)
+            if measured
+        ]
+        mean = _mean(norms)
+        signals = {
+            "grad_norm": mean,
+            "grad_norm_std": math.sqrt(_mean([(norm - mean) * (norm - mean) for norm in norms])),
+            "grad_cosine": _mean(cosines),
+            "update_ratio": distance / max(size, 1e-12),
+        }
         self.begin()
-        return dict(zip(("grad_norm", "grad_norm_std", "grad_cosine", "update_ratio"), values, strict=True))
+        return signals
 
     def close(self) -> None:
         """Detach from the optimizer."""
@@ -73,35 +96,68 @@ class GradientMeter:
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
 
-    @torch.no_grad()
+    def _known(self) -> dict[Tensor, Tensor]:
+        """Parameter -> its copy, of those that were there at the start, neither frozen, moved nor converted since."""
+        pairs = {p: self._start[p] for p in self._parameters() if p in self._start}
+        return {p: s for p, s in pairs.items() if (p.device, p.dtype, p.shape) == (s.device, s.dtype, s.shape)}
+
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        measured = self._steps % MEASURE_EVERY == 0
         self._steps += 1
-        if (self._steps - 1) % MEASURE_EVERY or any(callable(argument) for argument in (*args, *kwargs.values())):
-            return
+        if measured and not any(callable(argument) for argument in (*args, *kwargs.values())):
+            self._measure(optimizer)
+
+    @torch.no_grad()
+    def _measure(self, optimizer: torch.optim.Optimizer) -> None:
         pairs = [(p.grad, momentum_of(optimizer, p)) for p in self._parameters() if p.grad is not None]
         if not pairs or any(gradient.is_sparse for gradient, _ in pairs):
             return
         gradients = [gradient for gradient, _ in pairs]
-        # A fused optimizer under a GradScaler undoes the scale itself, inside its step.
-        scale = getattr(optimizer, "grad_scale", None)
-        norm = _norm(gradients)
-        self._norms.append(norm if scale is None else norm / scale.to(norm))
         momenta = [momentum for _, momentum in pairs if momentum is not None]
         if len(momenta) == len(pairs):
-            dot = _together([(g * m).sum(dtype=norm.dtype) for g, m in zip(gradients, momenta, strict=True)]).sum()
-            self._cosines.append(dot / (norm * _norm(momenta)).clamp_min(1e-12))
-        elif not optimizer.state:
-            self._cosines.append(torch.zeros_like(norm))  # the run's first step: no momentum yet
+            dots = [_dot(*pair) for pair in zip(gradients, momenta, strict=True)]
+            parts = _together([*_norms([*gradients, *momenta]), *dots]).view(3, -1)
+        else:
+            parts = functional.pad(_together(_norms(gradients))[None], (0, 0, 0, 2))
+        # A fused optimizer under a GradScaler undoes the scale itself, inside its step.
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is not None:
+            parts[::2] /= scale.to(parts)
+        parts[:2].square_()
+        self._products.append(parts.sum(1))
+        # In the run's first step there is no momentum yet: the cosine is 0.
+        self._with_cosine.append(len(momenta) == len(pairs) or not optimizer.state)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
     """Euclidean norm of all elements; in single precision at least, on the first tensor's device."""
     if not tensors:
         return torch.tensor(torch.nan)
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    norms = _together([torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors])
-    return norms.square().sum().sqrt()
+    norm: Tensor = torch.linalg.vector_norm(_together(_norms(tensors)))
+    return norm
 
 
-def _together(scalars: list[Tensor]) -> Tensor:
-    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
+def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+    return torch._foreach_norm(tensors, dtype=_precise(tensors[0]))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of the products of all elements; in single precision at least, for which less precise ones are copied."""
+    dtype = _precise(a)
+    if not a.dtype == b.dtype == dtype:
+        a, b = a.to(dtype), b.to(dtype)
+    product: Tensor = torch.vdot(a.flatten(), b.flatten()).real
+    return product
+
+
+def _precise(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _together(tensors: Sequence[Tensor]) -> Tensor:
+    device = tensors[0].device
+    return torch.stack([tensor if tensor.device == device else tensor.to(device) for tensor in tensors])

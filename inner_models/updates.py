@@ -10,10 +10,9 @@ import logging
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from inner_models.training import SGD_MOMENTUM
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 """`torch.optim.AdamW`'s defaults."""
@@ -29,18 +28,18 @@ def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, decays: Tensor, columns: T
     """AdamW (Loshchilov & Hutter 2019) as in `torch.optim.AdamW`; replicas whose batch is not full stay as they are.
 
     Args:
-        p, g, m, v: `[replicas, parameters]` parameters, summed gradients of the micro-batches, first and second moments.
+        p, g, m, v: `[replicas, parameters]` parameters, summed gradients of micro-batches, first and second moments.
         decays: `[parameters]`, 1 where weight decay acts and 0 elsewhere.
         columns: `[replicas, 6]`, zero where a replica does not step: factor on the gradient,
             1 - beta1, 1 - beta2, lr * weight decay, lr / first bias correction, 1 / root of the second correction.
         clear: whether to zero the gradients of those that stepped.
     """
-    scale, rise1, rise2, shrink, rate, unbias = columns.split(1, dim=1)
+    scale, rise1, rise2, shrink, rate, unbias = torch.split(columns, 1, dim=1)
     scaled = g * scale
     m.add_((scaled - m) * rise1)
     v.add_((scaled * scaled - v) * rise2)
     p.sub_(p * decays * shrink)
-    p.sub_(m / (torch.sqrt(v) * unbias + EPS) * rate)
+    p.sub_(m / (_sqrt(v) * unbias + EPS) * rate)
     if clear:
         g.mul_(scale == 0)
 
@@ -54,11 +53,18 @@ def sgd(p: Tensor, g: Tensor, m: Tensor, decays: Tensor, columns: Tensor, clear:
         columns: `[replicas, 4]`, zero where a replica does not step: factor on the gradient, weight decay,
             1 - momentum, lr.
     """
-    scale, decay, loss, lr = columns.split(1, dim=1)
+    scale, decay, loss, lr = torch.split(columns, 1, dim=1)
     m.add_(g * scale + p * decays * decay - m * loss)
     p.sub_(m * lr)
     if clear:
         g.mul_(scale == 0)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded, as compiled code has it; torch's own on a CPU is not."""
+    if x.is_cpu and not torch.compiler.is_compiling():
+        return torch.from_numpy(np.sqrt(x.numpy()))
+    return torch.sqrt(x)
 
 
 class Fused:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from inner_models import masks
+from inner_models import batched_training, masks
 from inner_models.batched_training import BatchedTraining
 from inner_models.models import ModelSpec, Normalization, build_model
 from inner_models.programs import Tape, Workspace
@@ -189,5 +189,61 @@ def test_test_split_is_there_only_when_handed_in(name: str) -> None:
 @pytest.mark.parametrize("layer", [nn.Softplus(), nn.BatchNorm1d(4), nn.Conv1d(4, 4, 3)])
 def test_unsupported_layer(layer: nn.Module) -> None:
     model = nn.Sequential(nn.ReLU(), layer)
+    tape = Tape(Workspace(torch.device("cpu"), torch.float32), training=True, fresh=True)
     with pytest.raises(NotImplementedError, match=f"{type(layer).__name__} has no replicated twin"):
-        record(model, {}, [], Tape(Workspace(torch.device("cpu"), torch.float32), training=True, fresh=True), torch.ones(1, 16, 4))
+        record(model, {}, [], tape, torch.ones(1, 16, 4))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("dataset", "kind"), [("digits", "mlp"), ("digits", "cnn"), ("waveforms", "gru"), ("markov-text-0", "transformer")]
+)
+def test_blocks_and_strides_change_nothing(
+    dataset: str, kind: str, optimizer: OptimizerName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks of two replicas and one, and strides of one replica, beside all three at once."""
+    task = make_task(dataset, kind, optimizer, "layer")
+    together = BatchedTraining(task, SEEDS, dtype=torch.float64)
+    state = 4 * 8 * together.parameters
+    monkeypatch.setattr(batched_training, "_STATE_BYTES", 2 * state)
+    monkeypatch.setattr(batched_training, "_ACTIVATION_BYTES", 1)
+    divided = BatchedTraining(task, SEEDS, dtype=torch.float64)
+    for interval in range(3):
+        if interval == 1:
+            for engine in (together, divided):
+                engine.restart(2, 99)
+        a, b = together.advance(VALUES), divided.advance(VALUES)
+        for name in SIGNALS:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_snapshot_and_restore(optimizer: OptimizerName) -> None:
+    task = make_task("digits", "linear", optimizer)  # no dropout: what follows a snapshot depends on the order alone
+    engine, other = (BatchedTraining(task, SEEDS, dtype=torch.float64) for _ in range(2))
+    for run in (engine, other):
+        run.advance(VALUES)
+    loss = engine.evaluate("val")
+    kept = engine.snapshot(1)
+    engine.advance(VALUES | {"lr": VALUES["lr"] * 100})
+    other.advance(VALUES)
+    assert engine.evaluate("val")[1] != pytest.approx(loss[1])
+    moved = engine.evaluate("val")
+    engine.restore(1, kept)
+    restored = engine.evaluate("val")
+    assert restored[1] == pytest.approx(loss[1], rel=1e-12)
+    assert restored[[0, 2]] == pytest.approx(moved[[0, 2]], rel=1e-12)
+    # From here it goes on as a run that has seen the same orders from the same state.
+    other.restore(1, kept)
+    assert engine.advance(VALUES)["val_loss"][1] == pytest.approx(other.advance(VALUES)["val_loss"][1], rel=1e-9)
+
+
+def test_memory_does_not_grow_with_intervals() -> None:
+    """Buffers are made once: after a first interval, none are added."""
+    engine = BatchedTraining(make_task("markov-text-0", "transformer"), SEEDS)
+    engine.advance(VALUES)
+    workspace = engine._blocks[0]._job.workspace
+    before = len(workspace.pool), len(workspace._named)
+    for _ in range(3):
+        engine.advance(VALUES)
+    assert (len(workspace.pool), len(workspace._named)) == before

@@ -215,6 +215,42 @@ def test_gradient_meter_measures_every_fourth_step() -> None:
     assert signals["grad_norm_std"] == pytest.approx(np.std([0, 4, 8]))
 
 
+def test_gradient_meter_in_half_precision() -> None:
+    """Products of small numbers, 1e-8 here, must not be rounded to zero."""
+    parameter = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    optimizer = torch.optim.SGD([parameter], lr=1.0, momentum=0.5)
+    meter = GradientMeter(optimizer)
+    for _ in range(5):
+        parameter.grad = torch.full((4,), 1e-4, dtype=torch.float16)
+        optimizer.step()
+    assert meter.finish()["grad_cosine"] == pytest.approx(0.5, rel=1e-3)  # 0 in step 1, 1 in step 5
+
+
+def test_gradient_meter_where_parameters_lie_otherwise_than_gradients() -> None:
+    weight = nn.Parameter(torch.arange(6.0).reshape(2, 3).t().contiguous().t())
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.5)
+    meter = GradientMeter(optimizer)
+    gradient = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    for step in range(5):
+        weight.grad = gradient if step < 4 else gradient.t().contiguous().t()
+        optimizer.step()
+    assert meter.finish()["grad_cosine"] == pytest.approx(0.5)
+
+
+def test_gradient_meter_after_a_conversion() -> None:
+    """The interval in which parameters are converted says nothing of their way; the next one does."""
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    meter = GradientMeter(optimizer)
+    model.double()
+    assert math.isnan(meter.finish()["update_ratio"])
+    model.weight.data = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    meter.begin()
+    model.weight.grad = torch.tensor([[0.0, 8.0]], dtype=torch.float64)
+    optimizer.step()
+    assert meter.finish()["update_ratio"] == pytest.approx(4 / 3)
+
+
 # -- dropout -----------------------------------------------------------------------------------------------------------
 
 

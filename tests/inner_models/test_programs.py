@@ -1,0 +1,144 @@
+"""Recording: what the calls compute, and that buffers are shared only when their content is spent."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from inner_models.programs import Program, Tape, Workspace, same_memory
+
+CPU = torch.device("cpu")
+
+
+def make_tape(fresh: bool = True, training: bool = True) -> Tape:
+    return Tape(Workspace(CPU, torch.float64), training=training, fresh=fresh)
+
+
+def test_a_program_runs_on_what_its_buffers_hold() -> None:
+    tape = make_tape()
+    x, out = tape.take(3), tape.take(3)
+    tape.call(torch.mul, x, 2, out=out)
+    for value in (1.0, 5.0):
+        x.fill_(value)
+        tape.program.run()
+        assert out.tolist() == [2 * value] * 3
+
+
+def test_what_takes_in_data_runs_first() -> None:
+    order: list[str] = []
+    program = Program(CPU)
+    program.add(order.append, "call")
+    program.add_before(order.append, "before")
+    program.run()
+    assert order == ["before", "call"]
+
+
+def test_released_memory_is_taken_again_and_other_memory_is_not() -> None:
+    tape = make_tape()
+    a, b = tape.take(4, 2), tape.take(8)
+    assert not same_memory(a, b)
+    tape.release(a.view(8)[2:])  # a view names its buffer
+    assert same_memory(tape.take(8), a)
+    assert not same_memory(tape.take(8), a)
+    assert not same_memory(tape.take(8), b)
+
+
+def test_the_smallest_sufficient_buffer_is_taken() -> None:
+    tape = make_tape()
+    large, small = tape.take(100), tape.take(10)
+    tape.release(large, small)
+    assert same_memory(tape.take(9), small)
+    assert same_memory(tape.take(11), large)
+
+
+def test_releasing_twice_or_a_foreign_tensor_does_nothing() -> None:
+    tape = make_tape()
+    a = tape.take(4)
+    tape.release(a, a, torch.zeros(4))
+    first, second = tape.take(4), tape.take(4)
+    assert not same_memory(first, second)
+
+
+def test_buffers_for_the_backward_pass_outlive_the_forward_pass_only_in_training() -> None:
+    for training in (True, False):
+        tape = make_tape(training=training)
+        a = tape.take(4)
+        tape.until_backward(a)
+        assert same_memory(tape.take(4), a) is not training
+
+
+def test_two_tapes_share_the_pool_of_their_workspace() -> None:
+    workspace = Workspace(CPU, torch.float32)
+    first = Tape(workspace, training=True, fresh=True).take(4)
+    assert same_memory(Tape(workspace, training=False, fresh=False).take(4), first)
+    assert workspace.named("x", (4,)) is workspace.named("x", (4,))
+    assert not same_memory(workspace.named("x", (4,)), workspace.named("x", (2,)))
+
+
+def test_buffers_have_the_type_asked_for() -> None:
+    tape = make_tape()
+    assert tape.take(3).dtype == torch.float64
+    tokens = tape.take(2, 3, dtype=torch.int64)
+    assert tokens.dtype == torch.int64
+    assert tokens.shape == (2, 3)
+
+
+@pytest.mark.parametrize("inner", [1, 4])
+def test_matmul_with_views(inner: int) -> None:
+    tape = make_tape()
+    a = torch.randn(2, inner, 3, dtype=torch.float64).transpose(1, 2)
+    b = torch.randn(2, inner, 5, dtype=torch.float64)
+    whole = torch.zeros(2, 4, 5, dtype=torch.float64)
+    tape.matmul(a, b, whole[:, 1:])
+    tape.program.run()
+    torch.testing.assert_close(whole[:, 1:], a @ b)
+    assert not whole[:, 0].any()
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_parameter_gradients_are_written_or_added_to(fresh: bool) -> None:
+    tape = make_tape(fresh=fresh)
+    a, b = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
+    product, total, value = (torch.ones(2, *shape, dtype=torch.float64) for shape in ((3, 5), (4,), (3, 4)))
+    tape.add_product(product, a, b)
+    tape.add_sum(total, a, 1)
+    tape.add_gradient(value, a)
+    tape.program.run()
+    before = 0 if fresh else 1
+    torch.testing.assert_close(product, a @ b + before)
+    torch.testing.assert_close(total, a.sum(1) + before)
+    torch.testing.assert_close(value, a + before)
+
+
+def test_a_shape_that_no_view_can_have_is_copied_at_every_run() -> None:
+    tape = make_tape()
+    x = torch.arange(6.0, dtype=torch.float64).view(2, 3)
+    flat, seen = tape.view(x.t(), 6), tape.view(x, 6)
+    assert same_memory(seen, x)
+    assert not same_memory(flat, x)
+    tape.program.run()
+    x.mul_(2)
+    tape.program.run()
+    assert flat.tolist() == x.t().reshape(6).tolist()
+
+
+def test_a_program_without_a_cuda_graph_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no graphs here")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+    program = Program(torch.device("cuda"))
+    runs: list[int] = []
+    program.add(runs.append, 0)
+    with caplog.at_level(logging.WARNING, logger="hyperpilot"):
+        for _ in range(5):
+            program.run()
+    assert len(runs) == 5
+    assert [record.getMessage() for record in caplog.records] == [
+        "no CUDA graph could be captured, so inner training is slower: no graphs here"
+    ]

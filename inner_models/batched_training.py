@@ -140,15 +140,20 @@ class _Job:
         self.workspace = Workspace(device, dtype)
         units = sum(_output_units(self.skeleton, data.dataset.train.inputs[:MICRO_BATCH]))
         self.stride = max(1, _ACTIVATION_BYTES // (dtype.itemsize * units)) if device.type == "cpu" else sys.maxsize
-        self._images = takes_images(self.skeleton)
-        train = data.dataset.train
-        self.inputs, self.targets = self.place_inputs(train.inputs), self.place(train.targets)
+        self._placed: dict[str, Split] = {}
 
-    def place(self, tensor: Tensor) -> Tensor:
+    def split(self, name: Literal["train", "val", "test"]) -> Split:
+        """A split on the device, in the layout that the model's twin takes."""
+        if name not in self._placed:
+            rows: Split | None = getattr(self.data.dataset, name)
+            if rows is None:
+                raise LookupError(f"this run was made without the {name} split")
+            inputs = rows.inputs.movedim(1, -1).contiguous() if takes_images(self.skeleton) else rows.inputs
+            self._placed[name] = Split(self._place(inputs), self._place(rows.targets))
+        return self._placed[name]
+
+    def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
-
-    def place_inputs(self, inputs: Tensor) -> Tensor:
-        return self.place(inputs.movedim(1, -1).contiguous() if self._images else inputs)
 
     def block(self, replicas: int) -> int:
         """Replicas that train together for an interval: all on a GPU, on a CPU those whose state its cache holds."""
@@ -197,10 +202,11 @@ class _Block:
         self._parameters = {
             name: Parameter(*(self._view(state[kind], name) for kind in ("values", "gradients"))) for name in job.slices
         }
-        inputs, targets = job.inputs, job.targets
-        shape = (self.replicas, MICRO_BATCH)
-        self._x = job.workspace.named("x", (*shape, *inputs.shape[1:]), inputs.dtype)
-        self._y = job.workspace.named("y", (*shape, *targets.shape[1:]), targets.dtype)
+        train = job.split("train")
+        self._x, self._y = (
+            job.workspace.named(name, (self.replicas, MICRO_BATCH, *rows.shape[1:]), rows.dtype)
+            for name, rows in (("x", train.inputs), ("y", train.targets))
+        )
         self._programs = {fresh: self._record(self._x, self._y, training=True, fresh=fresh) for fresh in (True, False)}
         self._evaluations: dict[int, tuple[Tensor, Tensor, Program, Tensor]] = {}
         for row in range(self.replicas):
@@ -224,7 +230,8 @@ class _Block:
         job = self._job
         plan = _Plan(job.data.interval_examples // MICRO_BATCH, parts.astype(np.int64), self.steps)
         self.steps = plan.done
-        order = [draw_order(len(job.inputs), plan.micro_steps * MICRO_BATCH, s.order) for s in self._streams]
+        train = job.split("train")
+        order = [draw_order(len(train), plan.micro_steps * MICRO_BATCH, s.order) for s in self._streams]
         batches = np.stack(order).reshape(self.replicas, plan.micro_steps, MICRO_BATCH).swapaxes(0, 1)
         chosen = torch.from_numpy(batches.reshape(plan.micro_steps, -1)).to(job.device)
         for source in self._masks:
@@ -238,8 +245,8 @@ class _Block:
         total, sums = self._place(np.zeros(self.replicas)), self._place(np.zeros((4, self.replicas)))
         fresh = True
         for step in range(plan.micro_steps):
-            torch.index_select(job.inputs, 0, chosen[step], out=self._x.flatten(0, 1))
-            torch.index_select(job.targets, 0, chosen[step], out=self._y.flatten(0, 1))
+            torch.index_select(train.inputs, 0, chosen[step], out=self._x.flatten(0, 1))
+            torch.index_select(train.targets, 0, chosen[step], out=self._y.flatten(0, 1))
             program, losses = self._programs[fresh]
             program.run()
             total += losses
@@ -263,13 +270,10 @@ class _Block:
     @torch.no_grad()
     def evaluate(self, split: Literal["train", "val", "test"]) -> Tensor:
         """Mean losses, `[replicas]`, in double precision."""
-        rows: Split | None = getattr(self._job.data.dataset, split)
-        if rows is None:
-            raise LookupError(f"this run was made without the {split} split")
+        rows = self._job.split(split)
         size = max(MICRO_BATCH, _EVALUATION_ROWS // self.replicas)
         total = torch.zeros(self.replicas, device=self._job.device, dtype=torch.float64)
-        inputs, targets = self._job.place_inputs(rows.inputs), self._job.place(rows.targets)
-        for x, y in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
+        for x, y in zip(torch.split(rows.inputs, size), torch.split(rows.targets, size), strict=True):
             if len(x) not in self._evaluations:
                 x_buffer, y_buffer = torch.empty_like(x), torch.empty_like(y)
                 expanded = (buffer.expand(self.replicas, *buffer.shape) for buffer in (x_buffer, y_buffer))
@@ -280,7 +284,7 @@ class _Block:
             y_buffer.copy_(y)
             program.run()
             total += losses.double() * len(x)
-        return total / len(rows.inputs)
+        return total / len(rows)
 
     def _record(self, x: Tensor, y: Tensor, *, training: bool, fresh: bool = False) -> tuple[Program, Tensor]:
         """The program of a micro-step or of an evaluation, and the buffer of its losses."""

@@ -78,4 +78,4 @@ class MaskSource:
     def _upload(self) -> None:
         if self._device.type != "cpu":
             assert self._drawn is not None
-            self._on_device = torch.from_numpy(self._drawn).to(self._device)
+            self._on_device = torch.from_numpy(self._drawn).pin_memory().to(self._device, non_blocking=True)

@@ -82,6 +82,10 @@ RANGES: dict[str, Range] = {
     "dropout": Range(first=2.5, step=1.0, limit=5.0),
 }
 
+_FIRST, _STEP, _LIMIT = (
+    np.array([getattr(RANGES[name], part) for name in CONTROLS]) for part in ("first", "step", "limit")
+)
+
 
 def move(offsets: Array, actions: Array, first: NDArray[np.bool_], max_factor: float = math.inf) -> Array:
     """New offsets after a decision.
@@ -92,10 +96,9 @@ def move(offsets: Array, actions: Array, first: NDArray[np.bool_], max_factor: f
         first: `[runs]`, whether this is a run's first decision.
         max_factor: no offset exceeds the logarithm of this.
     """
-    actions = np.clip(np.nan_to_num(actions), -1, 1)
-    ranges = [RANGES[name] for name in CONTROLS]
-    reach = np.where(first[:, None], [r.first for r in ranges], [r.step for r in ranges])
-    limit = np.minimum([r.limit for r in ranges], math.log(max_factor))
+    actions = np.where(np.isnan(actions), 0, np.clip(actions, -1, 1))
+    reach = np.where(first[:, None], _FIRST, _STEP)
+    limit = np.minimum(_LIMIT, math.log(max_factor))
     return np.asarray(np.clip(offsets + reach * actions, -limit, limit))
 
 
@@ -127,6 +130,8 @@ def _moved(control: Hyperparameter, base: Array, offset: Array) -> Array:
     if control.scale != "log":
         return moved
     outside = (base > 0) & (base < control.low) | (base > control.high) & (control.multiple > 0)
+    if not outside.any():
+        return moved
     shifted = base * np.exp(offset)
     if control.multiple:
         shifted = np.maximum(np.rint(shifted / control.multiple), 1) * control.multiple

@@ -104,7 +104,8 @@ class ControlLoop:
             The values for the coming interval, `[runs]` each.
         """
         state = self.state
-        state.actions = np.where(state.available, np.clip(np.nan_to_num(np.asarray(actions, np.float64)), -1, 1), 0)
+        actions = np.asarray(actions, np.float64)
+        state.actions = np.where(state.available & ~np.isnan(actions), np.clip(actions, -1, 1), 0)
         state.offsets = move(state.offsets, state.actions, state.telemetry.interval == 0, self._max_factor)
         self._set_values()
         return self.values()

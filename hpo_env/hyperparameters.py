@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -47,9 +48,15 @@ class Hyperparameter:
             return np.asarray(np.log(value))
         return np.asarray(np.log(value) - np.log1p(-value)) if self.scale == "logit" else value
 
+    @cached_property
+    def _bounds(self) -> tuple[float, float]:
+        """The range, on the scale."""
+        low, high = self.to_scale(np.array([self.low, self.high])).tolist()
+        return low, high
+
     def from_scale(self, scaled: Array) -> Array:
         """The inverse of `to_scale`, clipped to the range and rounded to `multiple`."""
-        low, high = self.to_scale(np.array([self.low, self.high]))
+        low, high = self._bounds
         value = np.clip(scaled, low, high)
         if self.scale == "log":
             value = np.exp(value)
@@ -60,12 +67,12 @@ class Hyperparameter:
 
     def normalize(self, value: Array) -> Array:
         """Value -> 0..1 on its scale."""
-        low, high = self.to_scale(np.array([self.low, self.high]))
+        low, high = self._bounds
         return np.asarray((self.to_scale(value) - low) / (high - low))
 
     def denormalize(self, unit: Array) -> Array:
         """The inverse of `normalize`."""
-        low, high = self.to_scale(np.array([self.low, self.high]))
+        low, high = self._bounds
         return self.from_scale(low + np.asarray(unit) * (high - low))
 
 

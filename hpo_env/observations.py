@@ -17,6 +17,8 @@ from hpo_env.actions import RANGES
 from hpo_env.hyperparameters import CONTROLS, Array
 from hpo_env.telemetry import Telemetry
 
+Pair = tuple[Array, Array]
+
 
 @dataclass
 class RunState:
@@ -48,41 +50,41 @@ class Feature:
     Attributes:
         low, high: bounds, to which the value is clipped.
         meaning: what it says, as shown in the documentation.
-        formula: computes it, `[runs]`; non-finite results become 0.
+        formula: computes it, `[runs]`, or the a and b whose relative difference it is; non-finite results become 0.
     """
 
     name: str
     low: float
     high: float
     meaning: str
-    formula: Callable[[RunState], Array]
+    formula: Callable[[RunState], Array | Pair]
+
+
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 def relative_difference(a: Array, b: Array) -> Array:
     """r(a, b) = 2 (a - b) / (|a| + |b|), in -2..2; 0 where both are 0; NaN where either is not finite."""
     with np.errstate(invalid="ignore", over="ignore"):
-        largest = np.maximum(np.maximum(np.abs(a), np.abs(b)), np.finfo(np.float64).tiny)
+        largest = np.maximum(np.maximum(np.abs(a), np.abs(b)), _TINY)
         a, b = a / largest, b / largest
-        total = np.abs(a) + np.abs(b)
-        return np.asarray(2 * (a - b) / np.where(total > 0, total, 1))
+        return np.asarray(2 * (a - b) / np.maximum(np.abs(a) + np.abs(b), _TINY))
 
 
-def _change(signal: str, lag: int) -> Callable[[RunState], Array]:
-    return lambda s: relative_difference(s.telemetry.value(signal), s.telemetry.value(signal, lag))
+def _change(signal: str, lag: int) -> Callable[[RunState], Pair]:
+    return lambda s: (s.telemetry.value(signal), s.telemetry.value(signal, lag))
 
 
-def _since_start(signal: str) -> Callable[[RunState], Array]:
-    def formula(s: RunState) -> Array:
+def _since_start(signal: str) -> Callable[[RunState], Pair]:
+    def formula(s: RunState) -> Pair:
         past = s.telemetry.past(signal)
-        start = np.where(np.isfinite(past[:, 0]), past[:, 0], past[:, 1])
-        return relative_difference(s.telemetry.value(signal), start)
+        return s.telemetry.value(signal), np.where(np.isfinite(past[:, 0]), past[:, 0], past[:, 1])
 
     return formula
 
 
-def _above_best(s: RunState) -> Array:
-    best = np.nanmin(_finite_or(s.telemetry.past("val_loss"), np.inf), axis=1)
-    return relative_difference(s.telemetry.value("val_loss"), best)
+def _above_best(s: RunState) -> Pair:
+    return s.telemetry.value("val_loss"), _finite_or(s.telemetry.past("val_loss"), np.inf).min(axis=1)
 
 
 def _since_best(s: RunState) -> Array:
@@ -98,16 +100,17 @@ def _rank(s: RunState) -> Array:
         return np.asarray((past < now[:, None]).sum(axis=1) / np.maximum(measured, 1))
 
 
-def _gap(s: RunState, lag: int = 0) -> Array:
-    return relative_difference(s.telemetry.value("val_loss", lag), s.telemetry.value("train_loss", lag))
+def _gap(s: RunState, lag: int = 0) -> Pair:
+    return s.telemetry.value("val_loss", lag), s.telemetry.value("train_loss", lag)
+
+
+def _gap_change(s: RunState) -> Array:
+    return relative_difference(*_gap(s)) - relative_difference(*_gap(s, 2))
 
 
 def _roughness(s: RunState) -> Array:
-    changes = [
-        relative_difference(s.telemetry.value("val_loss", lag), s.telemetry.value("val_loss", lag + 1))
-        for lag in range(4)
-    ]
-    return np.asarray(np.std(changes, axis=0))
+    last = np.array([s.telemetry.value("val_loss", lag) for lag in range(5)])
+    return np.asarray(relative_difference(last[:-1], last[1:]).std(axis=0))
 
 
 def _log10(signal: str, divisor: float, shift: float) -> Callable[[RunState], Array]:
@@ -174,7 +177,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature("val_rank", 0, 1, "share of the run's earlier validation losses that were lower", _rank),
     Feature("val_roughness", 0, 2, "standard deviation of the last 4 changes of the validation loss", _roughness),
     Feature("generalization_gap", -2, 2, "r(validation loss, training loss)", _gap),
-    Feature("generalization_gap_change", -2, 2, "its change over 2 intervals", lambda s: _gap(s) - _gap(s, 2)),
+    Feature("generalization_gap_change", -2, 2, "its change over 2 intervals", _gap_change),
     Feature("grad_norm_change", -2, 2, "r(gradient norm, that of 1 interval ago)", _change("grad_norm", 1)),
     Feature("grad_norm_since_start", -2, 2, "r(gradient norm, its first value)", _since_start("grad_norm")),
     Feature("grad_noise", 0, 2, "standard deviation of the gradient norm / its mean, within the interval", _noise),
@@ -195,8 +198,12 @@ HIGH = np.array([feature.high for feature in FEATURES], np.float32)
 
 def observe(state: RunState) -> NDArray[np.float32]:
     """The observation of every run, `[runs, len(FEATURES)]`."""
-    raw = np.stack([feature.formula(state) for feature in FEATURES], axis=1)
-    return np.clip(np.nan_to_num(raw, nan=0.0, posinf=0.0, neginf=0.0), LOW, HIGH).astype(np.float32)
+    values = [feature.formula(state) for feature in FEATURES]
+    # All at once: with few runs, time goes into the number of calls.
+    pairs = np.array([value for value in values if isinstance(value, tuple)])
+    differences = iter(relative_difference(pairs[:, 0], pairs[:, 1]))
+    raw = np.array([next(differences) if isinstance(value, tuple) else value for value in values]).T
+    return np.clip(_finite_or(raw, 0.0), LOW, HIGH).astype(np.float32, order="C")
 
 
 def feature_table() -> str:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from hpo_env.hyperparameters import Array
 from inner_models.signals import SIGNALS
 
+_INDEX = {name: index for index, name in enumerate(SIGNALS)}
+
 
 class Telemetry:
     """Signal histories of several runs, each at an interval of its own.
@@ -23,39 +25,47 @@ class Telemetry:
         self.interval = np.zeros(runs, np.int64)
         self.horizon = np.full(runs, horizon, np.int64)
         self._rows = np.arange(runs)
-        self._history = {name: np.full((runs, horizon + 1), np.nan) for name in SIGNALS}
+        self._history = np.full((len(SIGNALS), runs, horizon + 1), np.nan)
+        self._lagged: dict[int, Array] = {}  # lag -> `[signals, runs]`, as looked up since the last change
 
     def restart(self, runs: NDArray[np.int64], initial: Mapping[str, Array]) -> None:
         """Begin `runs` anew with what is known before training (`[len(runs)]` each; usually `val_loss`, or nothing)."""
+        self._lagged.clear()
         self.interval[runs] = 0
-        for name, history in self._history.items():
-            history[runs] = np.nan
+        self._history[:, runs] = np.nan
+        for index, name in enumerate(SIGNALS):
             if name in initial:
-                history[runs, 0] = initial[name]
+                self._history[index, runs, 0] = initial[name]
 
     def record(self, signals: Mapping[str, Array]) -> None:
         """Append one interval's signals, `[runs]` each. Missing names count as not measured (NaN).
 
         Past the horizon (a run that outlasts its stated length) the history grows and `interval` goes on.
         """
+        self._lagged.clear()
         self.interval += 1
-        length = next(iter(self._history.values())).shape[1]
-        if self.interval.max() >= length:
-            grown = np.full((len(self._rows), length), np.nan)
-            self._history = {name: np.concatenate([h, grown], axis=1) for name, h in self._history.items()}
-        for name, history in self._history.items():
+        if self.interval.max() >= self._history.shape[2]:
+            self._history = np.concatenate([self._history, np.full_like(self._history, np.nan)], axis=2)
+        for index, name in enumerate(SIGNALS):
             if name in signals:
-                history[self._rows, self.interval] = signals[name]
+                self._history[index, self._rows, self.interval] = signals[name]
 
     def value(self, name: str, lag: int = 0) -> Array:
-        """The signal `lag` intervals ago, `[runs]`; NaN where not measured or before the start."""
-        at = self.interval - lag
-        return np.where(at >= 0, self._history[name][self._rows, np.maximum(at, 0)], np.nan)
+        """The signal `lag` intervals ago, `[runs]`, to read only; NaN where not measured or before the start."""
+        if lag not in self._lagged:
+            at = self.interval - lag
+            values = self._history[:, self._rows, np.maximum(at, 0)]
+            values[:, at < 0] = np.nan
+            self._lagged[lag] = values
+        signal: Array = self._lagged[lag][_INDEX[name]]
+        return signal
 
     def past(self, name: str) -> Array:
         """The signal's whole history, `[runs, intervals]`; NaN where not measured."""
-        return self._history[name]
+        history: Array = self._history[_INDEX[name]]
+        return history
 
     def load(self, interval: NDArray[np.int64], history: Mapping[str, Array]) -> None:
         """Take over another telemetry's `interval` and `past` of every signal."""
-        self.interval, self._history = interval, dict(history)
+        self._lagged.clear()
+        self.interval, self._history = interval, np.stack([history[name] for name in SIGNALS])

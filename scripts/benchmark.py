@@ -24,9 +24,9 @@ from scripts.benchmarking.speed import Setting, compare
 from scripts.benchmarking.tuner import overhead
 from scripts.common import check_device, console, known, progress_bar, run_main, write_json
 
-INTERVAL_EXAMPLES, HORIZON = 512, 100
+HORIZON = 100
 REPLICAS = {"cpu": (1, 8, 32, 128, 512), "cuda": (1, 8, 32, 128, 512, 2048, 8192)}
-MIN_PAIRS = 7
+MIN_PAIRS = 15
 """Epochs in turn with and without the tuner, at least."""
 
 
@@ -59,7 +59,7 @@ class Config:
 def main(config: Config) -> None:
     check_device(config.device)
     preset = PRESETS[known("preset", config.preset, list(PRESETS))]
-    tasks = [Task.named(name, interval_examples=INTERVAL_EXAMPLES, horizon=HORIZON) for name in config.tasks]
+    tasks = [Task.named(name, horizon=HORIZON) for name in config.tasks]
     kind_of_device = config.device.split(":")[0]
     counts = config.replicas or REPLICAS[kind_of_device]
     if len(counts) < 2 or counts[0] < 1 or list(counts) != sorted(set(counts)):
@@ -142,7 +142,8 @@ def _print(kinds: dict[str, Any], result: dict[str, Any]) -> None:
     long_run, split, tuner = result["linearity"]["intervals"], result["meta_training"], result["tuner"]
     console.print(
         f"{long_run['intervals']:,} intervals: time ~ intervals^{long_run['exponent']:.3f}, "
-        f"memory {long_run['rss_bytes_per_interval']:+.1f} bytes an interval"
+        f"memory {long_run['rss_bytes_per_interval']:+.1f} bytes an interval "
+        f"({long_run['rss_bytes_per_interval_second_half']:+.1f} in the second half)"
     )
     shares = ", ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in split["shares"].items())
     console.print(f"meta-training, an iteration of {split['seconds_per_iteration']:.1f} s: {shares}")

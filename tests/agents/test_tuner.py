@@ -8,8 +8,9 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,54 @@ def test_closed() -> None:
     assert len(run.optimizer._optimizer_step_pre_hooks) == 1
     tuner.close()
     assert not run.optimizer._optimizer_step_pre_hooks
+
+
+# -- synchronization ---------------------------------------------------------------------------------------------------
+
+
+def optimizer_steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 9) -> None:
+    """Enough for gradients to be measured three times, with and without a momentum."""
+    device = next(model.parameters()).device
+    for _ in range(count):
+        optimizer.zero_grad()
+        torch.autograd.backward(model(torch.ones(2, 4, device=device)).square().mean())
+        optimizer.step()
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nothing_is_read_between_decisions(name: str) -> None:
+    """Tensors on the meta device have no values: reading or moving one, which would synchronize a GPU, is an error."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to("meta")
+    optimizer = OPTIMIZERS[name](model.parameters())
+    tuner = Tuner(random_policy(), optimizer, model=model, total_epochs=3, guard=False)
+    optimizer_steps(model, optimizer)
+    assert [products.is_meta for products in tuner._meter._products] == [True] * 3
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        tuner.step(train_loss=1.0, val_loss=1.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_synchronization_between_decisions_on_cuda(name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).cuda()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    tuner = Tuner(random_policy(), optimizer, model=model, total_epochs=3)
+    optimizer_steps(model, optimizer)  # libraries that start up may synchronize
+    for epoch in range(2):
+        tuner.step(train_loss=1.0, val_loss=1.0 - epoch / 10)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer_steps(model, optimizer)
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                tuner._meter.finish()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # -- starts ------------------------------------------------------------------------------------------------------------
@@ -589,6 +638,56 @@ def test_divergences_in_a_row(start: Any) -> None:
         assert tuner.hyperparameters["lr"] == pytest.approx(lr, rel=0.05)
 
 
+def test_the_best_snapshot_keeps_its_memory() -> None:
+    def tensors(state: Any) -> list[Tensor]:
+        parts = state.values() if isinstance(state, dict) else state if isinstance(state, list) else []
+        return [state] if isinstance(state, Tensor) else [tensor for part in parts for tensor in tensors(part)]
+
+    run, tuner = guarded()
+    assert tuner._guard is not None
+    tuner.step(train_loss=1.0, val_loss=run.epoch(0)[1])
+    first = tensors(tuner._guard._snapshot)
+    before = [tensor.clone() for tensor in first]
+    tuner.step(train_loss=1.0, val_loss=run.epoch(1)[1])
+    second = tensors(tuner._guard._snapshot)
+    assert [a is b for a, b in zip(first, second, strict=True)] == [True] * len(first)
+    assert not any(torch.equal(a, b) for a, b in zip(before, second, strict=True))
+    assert equal([*tuner._guard._snapshot["model"].values()], run.weights())
+
+
+def test_a_snapshot_follows_tensors_that_change_shape_or_type() -> None:
+    class Growing(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.register_buffer("seen", torch.zeros(1))
+
+    model = Growing()
+    tuner = Tuner(random_policy(), torch.optim.AdamW(model.parameters()), model=model, total_epochs=5)
+    for epoch, seen in enumerate((torch.zeros(1), torch.ones(3), torch.arange(3), torch.tensor(7.5))):
+        model.seen = seen.clone()
+        tuner.step(train_loss=1.0, val_loss=1.0 - epoch / 10)
+        model.seen.zero_()
+        tuner.step(train_loss=1.0, val_loss=math.nan)
+        assert model.seen.dtype == seen.dtype
+        assert torch.equal(model.seen, seen)
+
+
+@pytest.mark.parametrize("first_inside", [True, False])
+def test_steps_inside_and_outside_of_inference_mode(first_inside: bool) -> None:
+    """As where `step` stands within the validation's `with torch.inference_mode()`, in some epochs."""
+    run = Loop()
+    with torch.inference_mode(first_inside):
+        tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=12)
+    for epoch in range(4):
+        val_loss = run.epoch(epoch)[1]
+        with torch.inference_mode((epoch % 2 == 0) == first_inside):
+            tuner.step(train_loss=1.0, val_loss=val_loss)
+    best = run.weights()
+    run.epoch(4)
+    tuner.step(train_loss=1.0, val_loss=math.nan)
+    assert equal(run.weights(), best)
+
+
 def test_a_divergence_at_the_end_or_later_lowers_lr_too() -> None:
     run = Loop()
     tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=2)
@@ -651,20 +750,25 @@ def test_continuation_equals_the_uninterrupted_run(start: Any, diverging_at: int
     assert tuner.hyperparameters == whole_tuner.hyperparameters
 
 
-def test_a_checkpoint_is_a_copy() -> None:
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_checkpoint_is_a_copy(loaded: bool) -> None:
     run, tuner = guarded(random_policy(seed=4))
     tuner.step(train_loss=1.0, val_loss=run.epoch(0)[1])
     state = tuner.state_dict()
     before = copy.deepcopy(state)
-    tuner.load_state_dict(state)
+    if loaded:
+        tuner.load_state_dict(state)
     for epoch in range(1, 4):
         tuner.step(train_loss=1.0, val_loss=math.nan if epoch == 3 else run.epoch(epoch)[1])
     assert repr(state["history"]) == repr(before["history"])
     assert all(
         torch.equal(value, before["loop"][name]) for name, value in state["loop"].items() if value.isfinite().all()
     )
-    for name, value in state["guard"]["snapshot"]["model"].items():
-        assert torch.equal(value, before["guard"]["snapshot"]["model"][name])
+    snapshot, earlier = state["guard"]["snapshot"], before["guard"]["snapshot"]
+    for name, value in snapshot["model"].items():
+        assert torch.equal(value, earlier["model"][name])
+    for index, values in snapshot["optimizer"]["state"].items():
+        assert all(torch.equal(value, earlier["optimizer"]["state"][index][name]) for name, value in values.items())
 
 
 def test_a_checkpoint_without_a_guard() -> None:

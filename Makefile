@@ -24,4 +24,4 @@ check: install
 	$(PYTHON) -m mypy
 
 benchmark: install
-	$(PYTHON) scripts/benchmark.py --device $(DEVICE) --json results/benchmark_$(DEVICE).json
+	$(PYTHON) scripts/benchmark.py --device $(DEVICE) --json benchmarks/$(DEVICE).json

@@ -19,8 +19,8 @@ from hpo_env.env import Variation, action_space, observation_space
 from hpo_env.hyperparameters import CONTROLS, Array
 from hpo_env.rewards import leave_one_out
 from hpo_env.vector_env import HPOVectorEnv
-from inner_models.blas import environment, worker_environment
 from inner_models.tasks import Task, TaskDistribution
+from inner_models.workers import one_thread_each
 
 Step = tuple[NDArray[np.float32], Array, NDArray[np.bool_], list[dict[str, Any]]]
 
@@ -181,7 +181,7 @@ class CohortVecEnv(VecEnv):
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
         context = multiprocessing.get_context("spawn")
-        with environment(worker_environment()):
+        with one_thread_each():
             for _ in range(workers):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_serve, args=(theirs, arguments), daemon=True)

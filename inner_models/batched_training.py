@@ -30,7 +30,7 @@ from inner_models.updates import BETA1, BETA2, STEPS
 
 _EVALUATION_ROWS = 1024  # replicas x rows that are evaluated at once
 _STATE_BYTES = 1 << 24  # on a CPU, what a block keeps from micro-step to micro-step should stay in the cache
-_ACTIVATION_BYTES = 1 << 21  # and what it makes in a micro-step all the more
+_ACTIVATION_BYTES = 1 << 22  # and what it makes in a micro-step all the more
 
 
 class BatchedTraining:

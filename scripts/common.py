@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agents.files import CONFIG_FILE
-from inner_models.blas import kernel_environment
 from inner_models.names import unknown
 
 console = Console(soft_wrap=False, width=None if Console().is_terminal else 140)
@@ -32,12 +31,7 @@ def fail(message: str) -> NoReturn:
 
 
 def run_main(config: type[Config], main: Callable[[Config], None]) -> None:
-    """Parse the command line into `config` and call `main`; bad input exits with 2, an interruption with 130.
-
-    Where numpy's matrix products would be slow, the process is first replaced by one in which they are not.
-    """
-    if kernels := kernel_environment():
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | kernels)
+    """Parse the command line into `config` and call `main`; bad input exits with 2, an interruption with 130."""
     try:
         main(tyro.cli(config))
     except (ValueError, FileNotFoundError, PermissionError) as error:

@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 
 import torch
 
-from inner_models.blas import environment, worker_environment
+from inner_models.workers import one_thread_each
 
 START_METHOD: Final = "forkserver"
 
@@ -29,15 +29,13 @@ def cores() -> int:
 
 @contextmanager
 def starting_workers() -> Iterator[ForkServerContext]:
-    """The context to start worker processes of any side in, `START_METHOD`'s, under `worker_environment`.
-
-    One thread each: with more, the processes would fight for the cores, and the baseline would be slowed most.
+    """The context to start worker processes of any side in, `START_METHOD`'s, of one thread each.
 
     They are forked from a server, started with the first of them, which has imported what they need (torch alone takes
     seconds) under these variables, and has run nothing.
     """
     multiprocessing.set_forkserver_preload(["sklearn.datasets", "torch._dynamo", "scripts.benchmarking.sides"])
-    with environment(worker_environment()):
+    with one_thread_each():
         yield multiprocessing.get_context(START_METHOD)
 
 

@@ -21,11 +21,12 @@ from inner_models.datasets import Split
 from inner_models.masks import MaskSource
 from inner_models.models import Dropout, build_model
 from inner_models.programs import Program, Tape, Workspace
-from inner_models.replicated_layers import Parameter, record, record_loss, takes_images
+from inner_models.replicated_layers import record, record_loss, takes_images
 from inner_models.sampling import MICRO_BATCH, draw_order
 from inner_models.signals import MEASURE_EVERY, SIGNALS
 from inner_models.tasks import Task, TaskData, prepare
 from inner_models.training import SGD_MOMENTUM, Streams
+from inner_models.twins import Parameter
 from inner_models.updates import BETA1, BETA2, STEPS
 
 _EVALUATION_ROWS = 1024  # replicas x rows that are evaluated at once

@@ -1,6 +1,6 @@
 """Inner models: plain `torch.nn` modules, each built from a short list of layers.
 
-Every layer type used here has a replicated twin in `inner_models.replicated_layers`, so that one definition of a model
+Every layer type used here has a replicated twin (`inner_models.twins`), so that one definition of a model
 serves the readable reference training and the batched engine.
 """
 

@@ -107,13 +107,16 @@ def against_intervals(intervals: int, device: str) -> dict[str, Any]:
 
 
 def bytes_per_replica(task: Task, device: str) -> float:
-    """Slope of a new process's peak memory between two replica counts: what replicas share drops out."""
-    peaks = []
+    """Slope of a new process's memory between two replica counts: what replicas share drops out.
+
+    On the CPU, resident memory after a first engine, whose compilation takes more for a while than replicas do.
+    """
+    used = []
     fewer, more = MEMORY_REPLICAS[device.split(":")[0]]
     with Crew(1 if device == "cpu" else 0) as crew:
         crew.build("memory", Memory, device)
-        for count in (fewer, more):
+        for count in (1, fewer, more):
             crew.build("engine", Engine, task, count, device, MICRO_BATCH)
-            peaks += crew.call("memory", "peak")
+            used += crew.call("memory", "now")
             crew.drop("engine")
-    return float(peaks[1] - peaks[0]) / (more - fewer)
+    return float(used[2] - used[1]) / (more - fewer)

@@ -147,20 +147,11 @@ class Memory:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        if self._on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
 
     def now(self) -> int:
         """Bytes in use."""
-        return torch.cuda.memory_allocated(self._device) if self._on_gpu else _status("VmRSS")
-
-    def peak(self) -> int:
-        """Bytes in use at most so far; on a GPU, since this object was made."""
-        return torch.cuda.max_memory_allocated(self._device) if self._on_gpu else _status("VmHWM")
-
-    @property
-    def _on_gpu(self) -> bool:
-        return self._device.startswith("cuda")
+        on_gpu = self._device.startswith("cuda")
+        return torch.cuda.memory_allocated(self._device) if on_gpu else _status("VmRSS")
 
 
 def _status(field: str) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from inner_models.models import Dropout, ModelKind, ModelSpec, build_model
-from inner_models.sampling import BatchSampler, draw_order
+from inner_models.sampling import BatchSampler, draw_bytes, draw_order
 from inner_models.signals import SIGNALS, GradientMeter
 from inner_models.tasks import Task, prepare
 from inner_models.training import Training, build_optimizer
@@ -291,3 +291,14 @@ def test_dropout_without_a_stream_is_torchs() -> None:
         expected = nn.Dropout(0.3)(torch.ones(1000))
         torch.manual_seed(0)
         assert torch.equal(dropout(0.3, seed=None)(torch.ones(1000)), expected)
+
+
+def test_bytes_are_the_same_however_they_are_drawn() -> None:
+    whole = draw_bytes(np.random.default_rng(3), 48)
+    generator = np.random.default_rng(3)
+    assert np.concatenate([draw_bytes(generator, count) for count in (8, 24, 16)]).tolist() == whole.tolist()
+    assert draw_bytes(generator, 0).size == 0
+    spread = np.bincount(draw_bytes(np.random.default_rng(0), 1 << 16), minlength=256)
+    assert 150 < spread.min() < spread.max() < 370  # 256 expected, standard deviation 16
+    with pytest.raises(ValueError, match="multiple of 8, not 12"):
+        draw_bytes(generator, 12)

@@ -106,27 +106,23 @@ def _relu(module: nn.ReLU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, B
     return out, backward
 
 
-@twin.register
-def _gelu(module: nn.GELU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+_OF_INPUT = {
+    nn.GELU: (_aten.gelu.out, _aten.gelu_backward.grad_input),
+    nn.SiLU: (_aten.silu.out, _aten.silu_backward.grad_input),
+}
+"""Activations whose derivative is one of their input: forward, backward."""
+
+
+@twin.register(nn.GELU)
+@twin.register(nn.SiLU)
+def _of_input(module: nn.Module, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    activation, derivative = _OF_INPUT[type(module)]
     out = tape.take(*x.shape)
-    tape.call(_aten.gelu.out, x, out=out)
+    tape.call(activation, x, out=out)
 
     def backward(g: Tensor) -> Tensor:
         gx = tape.take(*x.shape)
-        tape.call(_aten.gelu_backward.grad_input, g, x, grad_input=gx)
-        return gx
-
-    return out, backward
-
-
-@twin.register
-def _silu(module: nn.SiLU, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
-    out = tape.take(*x.shape)
-    tape.call(_aten.silu.out, x, out=out)
-
-    def backward(g: Tensor) -> Tensor:
-        gx = tape.take(*x.shape)
-        tape.call(_aten.silu_backward.grad_input, g, x, grad_input=gx)
+        tape.call(derivative, g, x, grad_input=gx)
         return gx
 
     return out, backward

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 
 from inner_models import batched_training, masks
 from inner_models.batched_training import BatchedTraining
-from inner_models.models import ModelSpec, Normalization, build_model
+from inner_models.models import Activation, ModelSpec, Normalization, build_model
 from inner_models.programs import Tape, Workspace
 from inner_models.replicated_layers import parameter_count, record
 from inner_models.signals import SIGNALS
@@ -81,6 +84,13 @@ def test_engine_equals_reference(
     dataset: str, kind: str, optimizer: OptimizerName, normalization: Normalization
 ) -> None:
     assert_twins(make_task(dataset, kind, optimizer, normalization))
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_every_activation(kind: str, activation: Activation) -> None:
+    task = make_task("digits", kind)
+    assert_twins(replace(task, model=replace(task.model, activation=activation)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

@@ -6,7 +6,6 @@ import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence, Sized
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from hpo_env.actions import BaseSchedule
 from hpo_env.control import ControlLoop
 from hpo_env.hyperparameters import CONTROLS, Binding, HasBatchSize
-from hpo_env.rewards import DIVERGED
 from inner_models.names import unknown
 from inner_models.sampling import BatchSampler
 from inner_models.signals import GradientMeter
 
 from .policy import ControlPolicy, PolicyError
+from .watch import LOWERED, Watch
 
 PRETRAINED = "pretrained.safetensors"
 
@@ -209,14 +208,13 @@ class Tuner:
         verdict = self._guard.check(signals) if self._guard else None
         if verdict and self._guard:
             self._guard.restore()
-            # On the base schedule, so that neither the policy's reach nor `max_factor` undoes it.
-            self._loop.base = replace(self._loop.base, lr=self._loop.base.lr / 4)
+            self._loop.scale_lr(0, LOWERED)
             self._meter.begin()
             _log.warning("epoch %d: %s; restored the best snapshot and lowered lr to a quarter", self.epoch, verdict)
         if self.epoch < self.total_epochs:
             self._decide(signals, verdict)
         elif verdict:
-            self._binding.write({"lr": self.hyperparameters["lr"] / 4})
+            self._binding.write({"lr": self.hyperparameters["lr"] * LOWERED})
         if self.epoch == self.total_epochs + 1:
             _log.warning("more epochs than total_epochs=%d: values stay as they are", self.total_epochs)
         return self.hyperparameters
@@ -325,38 +323,16 @@ class _Guard:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._model, self._optimizer = model, optimizer
-        self._first: dict[str, float] = {}
-        self._best: dict[str, float] = {}
+        self._watch = Watch()
         self._snapshot: dict[str, Any] = {}
         self._take()
 
     def check(self, signals: Mapping[str, float]) -> str | None:
         """What is wrong with the run, if anything; otherwise a new best loss is remembered with its state."""
-        broken = [name for name, value in signals.items() if not math.isfinite(value)]
-        if broken:
-            return f"{' and '.join(broken)} not finite"
-        # Both losses must be off (validation alone rises when a model overfits), or one beyond all measure.
-        far = [name for name, value in signals.items() if self._far_above(name, value)]
-        lost = [name for name in far if name in self._best and signals[name] > DIVERGED * self._scale(name)]
-        if self._best and (lost or len(far) == len(signals)):
-            name = (lost or far)[-1]
-            return f"{name} {signals[name]:.4g} is far above the run's best"
-        name = "val_loss" if "val_loss" in signals else "train_loss"
-        improved = signals[name] < self._best.get(name, math.inf)
-        for key, value in signals.items():
-            self._first.setdefault(key, value)
-            self._best[key] = min(value, self._best.get(key, math.inf))
+        verdict, improved = self._watch.check(signals)
         if improved:
             self._take()
-        return None
-
-    def _far_above(self, name: str, value: float) -> bool:
-        """It has risen by twice all that was gained, and to at least three times the best."""
-        best, first = self._best.get(name), self._first.get(name)
-        return best is None or first is None or value > best + 2 * max(first - best, abs(best))
-
-    def _scale(self, name: str) -> float:
-        return max(abs(self._first[name]), abs(self._best[name]))
+        return verdict
 
     def restore(self) -> None:
         self._model.load_state_dict(self._snapshot["model"])
@@ -369,11 +345,11 @@ class _Guard:
                 group.update(values)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": dict(self._first), "best": dict(self._best), "snapshot": _copied(self._snapshot)}
+        return {**self._watch.state_dict(), "snapshot": _copied(self._snapshot)}
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._first, self._best = dict(state["first"]), dict(state["best"])
+        self._watch.load_state_dict(state)
         self._snapshot = _copied(state["snapshot"])  # not the caller's own: the next best overwrites it
 
     @torch.inference_mode(False)  # a tensor made in that mode could not be overwritten outside of it

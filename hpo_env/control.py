@@ -110,6 +110,10 @@ class ControlLoop:
         self._set_values()
         return self.values()
 
+    def scale_lr(self, run: int, factor: float) -> None:
+        """Multiply a run's base learning rate, so that neither the policy's reach nor `max_factor` undoes it."""
+        self._lr_scale[run] *= factor
+
     def record(self, signals: Mapping[str, Array]) -> None:
         """Take in the signals of the interval that has just been trained, `[runs]` each."""
         self.state.telemetry.record(signals)
@@ -120,6 +124,7 @@ class ControlLoop:
             "offsets": self.state.offsets,
             "actions": self.state.actions,
             "values": self.state.values,
+            "lr_scale": self._lr_scale,
             "interval": self.state.telemetry.interval,
             **{f"history/{name}": self.state.telemetry.past(name) for name in SIGNALS},
         }
@@ -131,7 +136,7 @@ class ControlLoop:
         if arrays["offsets"].shape != self.state.offsets.shape:
             raise ValueError(f"the state is one of {len(arrays['offsets'])} runs, not {len(self.state.offsets)}")
         self.state.offsets, self.state.actions = arrays["offsets"], arrays["actions"]
-        self.state.values = arrays["values"]
+        self.state.values, self._lr_scale = arrays["values"], arrays["lr_scale"]
         self.state.telemetry.load(arrays["interval"], {name: arrays[f"history/{name}"] for name in SIGNALS})
 
     def values(self) -> dict[str, Array]:

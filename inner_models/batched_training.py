@@ -114,8 +114,8 @@ class BatchedTraining:
         result["val_loss"] = self.evaluate("val")
         return {name: result[name] for name in SIGNALS}
 
-    def evaluate(self, split: Literal["train", "val", "test"]) -> NDArray[np.float64]:
-        """Mean loss of each replica on a split, dropout off, `[replicas]`.
+    def evaluate(self, split: Literal["train", "val", "test"] | Split) -> NDArray[np.float64]:
+        """Mean loss of each replica on a split of the task's, or on rows of the caller's, dropout off, `[replicas]`.
 
         Raises:
             LookupError: the test split was not handed to this run.
@@ -144,14 +144,18 @@ class _Job:
         self._placed: dict[str, Split] = {}
 
     def split(self, name: Literal["train", "val", "test"]) -> Split:
-        """A split on the device, in the layout that the model's twin takes."""
+        """A split of the task's, `placed`."""
         if name not in self._placed:
             rows: Split | None = getattr(self.data.dataset, name)
             if rows is None:
                 raise LookupError(f"this run was made without the {name} split")
-            inputs = rows.inputs.movedim(1, -1).contiguous() if takes_images(self.skeleton) else rows.inputs
-            self._placed[name] = Split(self._place(inputs), self._place(rows.targets))
+            self._placed[name] = self.placed(rows)
         return self._placed[name]
+
+    def placed(self, rows: Split) -> Split:
+        """Rows on the device, in the layout that the model's twin takes."""
+        inputs = rows.inputs.movedim(1, -1).contiguous() if takes_images(self.skeleton) else rows.inputs
+        return Split(self._place(inputs), self._place(rows.targets))
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
@@ -269,9 +273,9 @@ class _Block:
         }
 
     @torch.no_grad()
-    def evaluate(self, split: Literal["train", "val", "test"]) -> Tensor:
+    def evaluate(self, split: Literal["train", "val", "test"] | Split) -> Tensor:
         """Mean losses, `[replicas]`, in double precision."""
-        rows = self._job.split(split)
+        rows = self._job.placed(split) if isinstance(split, Split) else self._job.split(split)
         size = max(MICRO_BATCH, _EVALUATION_ROWS // self.replicas)
         total = torch.zeros(self.replicas, device=self._job.device, dtype=torch.float64)
         for x, y in zip(torch.split(rows.inputs, size), torch.split(rows.targets, size), strict=True):

@@ -9,7 +9,7 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(PYTHON) || python3 -m venv .venv
 	$(PYTHON) -m pip install -c constraints.txt torch
-	$(PYTHON) -m pip install -c constraints.txt -e '.[data,dev]'
+	$(PYTHON) -m pip install -c constraints.txt -e '.[compare,data,dev]'
 	touch $@
 
 demo: install

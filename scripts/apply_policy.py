@@ -10,8 +10,10 @@ from typing import Any
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from agents.application import BASELINES, MakeController, Run, train, with_policy
+from agents.application import MakeController, Run, following, train
+from agents.controllers import with_policy
 from agents.policy import ControlPolicy
+from agents.schedules import BASELINES
 from agents.tuner import pretrained_path
 from hpo_env.hyperparameters import CONTROLS
 from inner_models.signals import SIGNALS
@@ -63,11 +65,17 @@ def main(config: Config) -> None:
     policy = ControlPolicy.load(config.policy or pretrained_path())
     check_out(config.out)
     write_config(config.out, "apply_policy", config)
-    results = compare(task, {"policy": with_policy(policy), **BASELINES}, config.seed, config.device, config.out)
+    methods = {"policy": with_policy(policy), **baselines()}
+    results = compare(task, methods, config.seed, config.device, config.out)
     write_json(config.out / RESULT_FILE, results)
     if config.json:
         write_json(config.json, results)
     console.print(tensorboard_hint(config.out), soft_wrap=True)
+
+
+def baselines() -> dict[str, MakeController]:
+    """What a user would do without a policy."""
+    return {name: following(schedule) for name, schedule in BASELINES.items()}
 
 
 def compare(

@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from agents.application import BASELINES, with_policy
+from agents.controllers import with_policy
 from agents.policy import ControlPolicy
 from agents.ppo import POLICY_FILE
 from agents.tuner import pretrained_path
 from inner_models.tasks import Task
 from scripts import train_agent
-from scripts.apply_policy import RESULT_FILE, compare
+from scripts.apply_policy import RESULT_FILE, baselines, compare
 from scripts.common import check_out, console, run_main, tensorboard_hint, write_config, write_json
 
 
@@ -44,7 +44,7 @@ def main(config: Config) -> None:
     methods = {
         "policy (fresh)": with_policy(ControlPolicy.load(out / "agent" / POLICY_FILE)),
         "policy (shipped)": with_policy(ControlPolicy.load(pretrained_path())),
-        **BASELINES,
+        **baselines(),
     }
     write_json(comparison / RESULT_FILE, compare(task, methods, config.seed, "cpu", comparison))
     console.print("\n3. Curves of the agent's training and of these runs, side by side:")

@@ -1,119 +1,189 @@
-"""A policy against the baselines on several tasks and seeds, paired: log loss ratios with intervals, and wins."""
+"""The judge: a policy against everything that a user would pick instead, on the tasks of a split."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-import torch
-from joblib import Parallel, delayed
-from rich.table import Table
-from scipy.stats import bootstrap
-
-from agents.application import BASELINES, Run, jsonable, train, with_policy
+from agents.cells import Store
+from agents.evaluation import BUDGETS, SPLITS, Budget, Evaluation, evaluate, scaled
 from agents.policy import ControlPolicy
-from agents.rollouts import capped
+from agents.provenance import provenance
+from agents.schedules import optional
+from agents.searches import publish
+from agents.summary import summarize
 from agents.tuner import pretrained_path
-from hpo_env.hyperparameters import Array
 from inner_models.tasks import Task
-from scripts.common import check_device, console, progress_bar, run_main, write_json
+from scripts.common import (
+    check_device,
+    check_out,
+    console,
+    progress_bar,
+    run_main,
+    tensorboard_hint,
+    write_config,
+    write_json,
+)
+from scripts.reporting.files import write_csv, write_tensorboard
+from scripts.reporting.plots import figures, save
+from scripts.reporting.tables import markdown, overview
 
-MEASURES = {"val": "final validation loss", "test": "test loss at the best validation epoch"}
+
+def default_cache() -> Path:
+    """Where finished cells are kept: $HYPERPILOT_CACHE, or a folder of the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("HYPERPILOT_CACHE") or Path(base) / "hyperpilot")
 
 
 @dataclass
 class Config:
-    """Train every task with the policy and with each baseline, with equal seeds, and compare the losses."""
+    """Judge a policy: its runs, those of every baseline and control, a bank of random-search trials, and searches.
 
+    What has been run is kept in the cache and never run again: interrupt it, and the same command goes on; another
+    policy on the same tasks reuses everything that does not depend on the policy.
+    """
+
+    out: Path
+    """Folder for result.json, CSV, figures, tables, TensorBoard events and the Optuna studies."""
     policy: Path | None = None
     """Policy file; the one that ships with hyperpilot when left out."""
-    tasks: tuple[str, ...] = ("letter/mlp", "italy-power-demand/gru", "deliveries/mlp")
-    """Tasks: <data set>/<model>."""
-    seeds: int = 5
-    """Runs of each task and method."""
-    epochs: int = 30
-    """Length of each run."""
+    split: Literal["meta-validation", "meta-validation-small", "meta-test"] = "meta-validation"
+    """Which tasks: meta-test is run once per shipped policy, meta-validation decides between designs."""
+    budget: Literal["quick", "full"] = "quick"
+    """quick: all but the searches. full: everything."""
+    tasks: tuple[str, ...] = ()
+    """Only these of the split's data sets or tasks; or, where the split has no such one, tasks <data set>/<model>."""
+    seeds: int | None = None
+    """Runs of each task and method; the budget's own number when left out."""
+    bank: int | None = None
+    """Random-search trials of each task; the budget's own number when left out."""
+    search_cost: int | None = None
+    """Full runs that each search may spend; the budget's own number when left out."""
+    horizon_factor: float = 1.0
+    """Longer (or shorter) runs: a factor on every task's number of intervals."""
+    width_factor: float = 1.0
+    """Larger (or smaller) models: a factor on every task's width."""
     json: Path | None = None
-    """Also write all figures to this file."""
+    """Also write the figures to this file."""
+    markdown: Path | None = None
+    """Also write the tables to this file."""
+    storage: str | None = None
+    """Optuna storage URL for the searches' studies; studies.db in the folder when left out."""
+    cache: Path | None = None
+    """Where finished cells are kept; $HYPERPILOT_CACHE or ~/.cache/hyperpilot when left out."""
     device: str = "cpu"
     """Where to train: cpu or cuda."""
     workers: int = 2
-    """Processes, one thread each."""
+    """Processes, one thread each. On a GPU there is one."""
 
 
 def main(config: Config) -> None:
     check_device(config.device)
-    if config.seeds < 2:
-        raise ValueError(f"seeds must be at least 2 for an interval, not {config.seeds}")
+    for name in ("horizon_factor", "width_factor", "workers"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name.replace('_', '-')} must be a positive number, not {getattr(config, name)}")
+    budget = _budget(config)
+    tasks = [scaled(task, horizon=config.horizon_factor, width=config.width_factor) for task in _tasks(config)]
+    for package in ("matplotlib", "schedulefree", "prodigyopt", *(("optuna", "cmaes") if budget.searches else ())):
+        optional(package)  # rather now than after hours
     policy = ControlPolicy.load(config.policy or pretrained_path())
-    tasks = [Task.named(name, horizon=config.epochs) for name in config.tasks]
-    methods = ("policy", *BASELINES)
-    cells = [(task, method, seed) for task in tasks for method in methods for seed in range(config.seeds)]
-    jobs = (delayed(_cell)(*cell, policy, config.device) for cell in cells)
-    runs: dict[tuple[str, str, int], Run] = {}
-    with progress_bar("evaluating", len(cells)) as update:
-        finished = Parallel(n_jobs=config.workers, return_as="generator")(jobs)
-        for (task, method, seed), run in zip(cells, finished, strict=True):
-            runs[task.name, method, seed] = run
-            update(len(runs), task.name)
-    result = {
-        task.name: {method: _summary(runs, task.name, method, config.seeds) for method in methods} for task in tasks
+    check_out(config.out)
+    store = Store(config.cache or default_cache())
+    started = time.perf_counter()
+    with progress_bar("evaluating", 1000) as update:
+        evaluation = evaluate(
+            policy,
+            tasks,
+            budget,
+            store,
+            workers=config.workers,
+            device=config.device,
+            report=lambda done, total, name: update(round(1000 * done / max(total, 1e-9)), name),
+        )
+    result = summarize(evaluation)
+    result["provenance"] = {
+        **provenance(config.device),
+        "policy": policy.digest,
+        "trained": policy.header.training,
+        "split": config.split,
+        "budget": asdict(budget),
+        "tasks": {label: repr(task) for label, task in evaluation.tasks.items()},
+        "command": _command(config),
+        "wall_seconds": time.perf_counter() - started,
     }
-    for task in tasks:
-        console.print(_table(task, result[task.name], config))
-    if config.json:
-        write_json(config.json, result)
+    for table in overview(result):
+        console.print(table)
+    _write(config, evaluation, result)
 
 
-def _cell(task: Task, method: str, seed: int, policy: ControlPolicy, device: str) -> Run:
-    torch.set_num_threads(1)
-    return train(task, with_policy(policy) if method == "policy" else BASELINES[method], seed, device=device)
+def _write(config: Config, evaluation: Evaluation, result: dict[str, Any]) -> None:
+    """Everything that is left behind."""
+    write_config(config.out, "evaluate", config)
+    tables = markdown(result, result["provenance"], evaluation.budget)
+    for path in filter(None, (config.out / "result.json", config.json)):
+        write_json(path, result)
+    for path in filter(None, (config.out / "tables.md", config.markdown)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(tables)
+    write_csv(evaluation, config.out / "runs.csv")
+    drawn = figures(evaluation, result)
+    save(drawn, config.out / "figures")
+    write_tensorboard(evaluation, result, drawn, config.out / "tensorboard")
+    storage = config.storage or f"sqlite:///{config.out / 'studies.db'}"
+    for label, found in evaluation.searches.items():
+        for name, searches in found.items():
+            publish(searches, storage, f"{label}/{name}")
+    console.print(f"figures, tables and curves are in {config.out}", soft_wrap=True)
+    console.print(tensorboard_hint(config.out / "tensorboard"), soft_wrap=True)
+    if evaluation.budget.searches:
+        console.print(f"look at the searches: optuna-dashboard {storage}", soft_wrap=True)
 
 
-def _summary(runs: dict[tuple[str, str, int], Run], task: str, method: str, seeds: int) -> dict[str, Any]:
-    """Mean losses of a method and, for a baseline, the policy's log loss ratios against it."""
-    result: dict[str, Any] = {"seconds": float(np.mean([runs[task, method, seed].seconds for seed in range(seeds)]))}
-    for name in MEASURES:
-        losses = np.array([_loss(runs[task, method, seed], name) for seed in range(seeds)])
-        result[name] = jsonable(losses.tolist())
-        if method != "policy":
-            own = np.array([_loss(runs[task, "policy", seed], name) for seed in range(seeds)])
-            result[f"{name}_log_ratio"] = log_ratio(losses, own)
-    return result
+def _budget(config: Config) -> Budget:
+    given = BUDGETS[config.budget]
+    seeds = given.seeds if config.seeds is None else config.seeds
+    return replace(
+        given,
+        seeds=seeds,
+        bank=given.bank if config.bank is None else config.bank,
+        search_cost=given.search_cost if config.search_cost is None else config.search_cost,
+        search_seeds=min(given.search_seeds, seeds),
+    )
 
 
-def _loss(run: Run, measure: str) -> float:
-    return run.val_loss[-1] if measure == "val" else run.test_loss
+def _tasks(config: Config) -> list[Task]:
+    split = SPLITS[config.split]
+    if not config.tasks:
+        return list(split)
+    chosen = []
+    for name in config.tasks:
+        known = [task for task in split if name in (task.name, task.dataset)]
+        chosen += known or [Task.named(name)]
+    return chosen
 
 
-def log_ratio(baseline: Array, policy: Array) -> dict[str, Any]:
-    """Mean of ln(baseline / policy) over paired seeds, its bootstrap 95 % interval, and the seeds that the policy wins.
-
-    A diverged run counts as a loss of `agents.rollouts.LOST`.
-    """
-    ratios = np.log(capped(baseline)) - np.log(capped(policy))
-    if np.ptp(ratios) == 0:
-        low = high = float(ratios[0])
-    else:
-        interval = bootstrap((ratios,), np.mean, rng=np.random.default_rng(0)).confidence_interval
-        low, high = float(interval.low), float(interval.high)
-    return {"mean": float(ratios.mean()), "interval": [low, high], "wins": int((ratios > 0).sum())}
-
-
-def _table(task: Task, result: dict[str, dict[str, Any]], config: Config) -> Table:
-    title = f"{task.name}: {config.epochs} epochs, n = {config.seeds} seeds; log ratio above 0: the policy is better"
-    table = Table(title=title)
-    for heading in ("method", "val loss", "test loss", "val log ratio", "test log ratio", "wins (test)", "seconds"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for method, figures in result.items():
-        cells = [f"{np.mean([np.nan if loss is None else loss for loss in figures[name]]):.4f}" for name in MEASURES]
-        ratios = [figures.get(f"{name}_log_ratio") for name in MEASURES]
-        cells += [f"{r['mean']:+.3f} [{r['interval'][0]:+.3f}, {r['interval'][1]:+.3f}]" if r else "" for r in ratios]
-        cells.append(f"{ratios[1]['wins']}/{config.seeds}" if ratios[1] else "")
-        table.add_row(method, *cells, f"{figures['seconds']:.1f}")
-    return table
+def _command(config: Config) -> str:
+    """What repeats this evaluation; without the folders it was written to."""
+    given = {
+        "split": config.split,
+        "budget": config.budget,
+        "seeds": config.seeds,
+        "bank": config.bank,
+        "search-cost": config.search_cost,
+        "horizon-factor": None if config.horizon_factor == 1 else config.horizon_factor,
+        "width-factor": None if config.width_factor == 1 else config.width_factor,
+        "device": None if config.device == "cpu" else config.device,
+    }
+    options = [f"--{name} {value}" for name, value in given.items() if value is not None]
+    if config.tasks:
+        options.append(f"--tasks {' '.join(config.tasks)}")
+    if config.policy:
+        options.append(f"--policy {config.policy.name}")
+    return " ".join(["python scripts/evaluate.py", *options, "--out runs/evaluation"])
 
 
 if __name__ == "__main__":

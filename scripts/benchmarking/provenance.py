@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import threadpoolctl
 import torch
 
+from agents.provenance import provenance as of_device
 from scripts.benchmarking.processes import Crew, cores
 
 
@@ -37,12 +37,8 @@ def provenance(crew: Crew, device: str) -> dict[str, Any]:
         "commit": _commit(),
         "machine": platform.machine(),
         "system": platform.system(),
-        "cpu": _cpu_model(),
-        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
         "cores": cores(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
+        **of_device(device),
         "worker": crew.call("libraries", "figures")[0],
     }
 
@@ -55,9 +51,3 @@ def _commit() -> str | None:
     except OSError:
         return None
     return run.stdout.strip() or None
-
-
-def _cpu_model() -> str | None:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

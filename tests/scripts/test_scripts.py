@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -22,43 +20,10 @@ from agents.presets import PRESETS
 from hpo_env.hyperparameters import CONTROLS
 from inner_models import datasets
 from inner_models.tasks import prepare
-from scripts import apply_policy, calibrate, evaluate, train_agent
-from scripts.common import run_main
+from scripts import apply_policy, calibrate, train_agent
 from scripts.examples import plain_pytorch
-from tests.tiny import TINY_CONFIG, random_policy
-
-Door = Callable[..., str]
-
-
-@pytest.fixture
-def door(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Door:
-    """Run a script's main with arguments; returns what it printed on standard error and asserts the exit status."""
-
-    def call(script: ModuleType, *arguments: object, status: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
-        if status == 0:
-            run_main(script.Config, script.main)
-        else:
-            with pytest.raises(SystemExit) as exit_:
-                run_main(script.Config, script.main)
-            assert exit_.value.code == status
-        return capsys.readouterr().err
-
-    return call
-
-
-@pytest.fixture
-def policy(tmp_path: Path) -> Path:
-    path = tmp_path / "policy.safetensors"
-    random_policy().save(path)
-    return path
-
-
-def one_line(text: str, *parts: str) -> None:
-    assert len(text.strip().splitlines()) == 1, text
-    assert text.startswith("error: ")
-    for part in parts:
-        assert part in text
+from tests.scripts.doors import Door, one_line
+from tests.tiny import TINY_CONFIG
 
 
 def test_apply_policy_leaves_a_table_json_and_tensorboard_runs(door: Door, policy: Path, tmp_path: Path) -> None:
@@ -70,15 +35,16 @@ def test_apply_policy_leaves_a_table_json_and_tensorboard_runs(door: Door, polic
     result: dict[str, dict[str, Any]] = json.loads(result_file.read_text())
     assert list(result) == ["policy", "constant", "cosine", "plateau", "calibrated"]
     for name, run in result.items():
-        assert {"val_loss", "train_loss", "test_loss", "final_test_loss", "seconds", *CONTROLS} == set(run)
-        assert len(run["val_loss"]) == len(run["lr"]) == 4
+        assert {"val_loss", "train_loss", "test_loss", "final_test_loss", "seconds"} < set(run)
+        assert set(run["controls"]) == set(CONTROLS)
+        assert len(run["val_loss"]) == len(run["controls"]["lr"]) == 4
         events = EventAccumulator(str(out / name))
         events.Reload()
         assert {"inner/val_loss", "inner/train_loss", "control/lr", "control/dropout"} <= set(events.Tags()["scalars"])
         assert [event.step for event in events.Scalars("inner/val_loss")] == [1, 2, 3, 4]
         assert [event.value for event in events.Scalars("inner/val_loss")] == pytest.approx(run["val_loss"])
-    assert set(result["constant"]["lr"]) == {0.001}
-    assert len(set(result["policy"]["lr"])) == 4
+    assert set(result["constant"]["controls"]["lr"]) == {0.001}
+    assert len(set(result["policy"]["controls"]["lr"])) == 4
 
 
 def test_apply_policy_is_reproducible(door: Door, policy: Path, tmp_path: Path) -> None:
@@ -173,27 +139,6 @@ def test_the_example_is_short_and_runs(monkeypatch: pytest.MonkeyPatch, capsys: 
     plain_pytorch.main()
     assert "epoch  3  val loss" in capsys.readouterr().out
     assert len(Path(plain_pytorch.__file__).read_text().splitlines()) < 60
-
-
-def test_evaluate_against_itself_and_by_hand() -> None:
-    losses = np.array([1.0, 2.0, 4.0])
-    assert evaluate.log_ratio(losses, losses) == {"mean": 0.0, "interval": [0.0, 0.0], "wins": 0}
-    found = evaluate.log_ratio(np.e * losses, losses * [1.0, 1.0, np.e])
-    assert found["mean"] == pytest.approx(2 / 3)
-    assert found["interval"][0] <= 2 / 3 <= found["interval"][1]
-    assert found["wins"] == 2
-
-
-def test_evaluate_leaves_figures(door: Door, policy: Path, tmp_path: Path) -> None:
-    door(
-        evaluate, "--policy", policy, "--tasks", "wine/mlp", "--seeds", 2, "--epochs", 2, "--workers", 1,
-        "--json", tmp_path / "figures.json",
-    )  # fmt: skip
-    figures = json.loads((tmp_path / "figures.json").read_text())["wine/mlp"]
-    assert len(figures["policy"]["val"]) == 2
-    expected = np.mean(np.log(figures["cosine"]["test"]) - np.log(figures["policy"]["test"]))
-    assert figures["cosine"]["test_log_ratio"]["mean"] == pytest.approx(expected)
-    one_line(door(evaluate, "--policy", policy, "--seeds", 1, status=2), "seeds", "1")
 
 
 def test_train_agent_leaves_a_policy_and_its_history(

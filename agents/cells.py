@@ -1,0 +1,218 @@
+"""Cells: one method on one task with some seeds, computed once and kept, so that an evaluation never repeats a run.
+
+A cell is known by its task, its method with all settings, its seeds, and the code that it runs: a change of any of
+these is another cell. Comments, docstrings and formatting are not code.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+
+from hpo_env.actions import CALIBRATION_FILE
+from inner_models.sampling import MICRO_BATCH
+from inner_models.tasks import Task, prepare
+from inner_models.workers import one_thread_each
+
+from .application import Run, train, train_cohort
+from .files import write_atomically
+from .policy import ControlPolicy
+from .population_based import PopulationBased
+from .provenance import provenance
+from .searches import OptunaSearch, Searched
+
+_ROOT = Path(__file__).parents[1]
+
+Result = list[Run] | list[Searched]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task.
+
+    Attributes:
+        method: runs as a cohort if it has `attach`, is a search if it has `run`, and trains in plain PyTorch otherwise.
+        seeds: one run (or search) each.
+    """
+
+    task: Task
+    method: Any
+    seeds: tuple[int, ...]
+
+    @property
+    def is_search(self) -> bool:
+        return isinstance(self.method, OptunaSearch | PopulationBased)
+
+    @property
+    def key(self) -> str:
+        """What the cell is known by."""
+        version = code_version(type(self.method).__module__)
+        parts = [describe(self.task), describe(self.method), list(self.seeds), version]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def cost(self) -> float:
+        """Rough seconds on one core, to order cells by."""
+        data = prepare(self.task)
+        row = data.dataset.train.inputs[0]
+        positions = {"cnn": row[0].numel(), "gru": 8 * len(row), "transformer": 30 * len(row)}
+        per_step = 5e-5 + 2e-6 * positions.get(self.task.model.kind, 0)
+        if not hasattr(self.method, "attach") and not self.is_search:
+            per_step += 5e-4  # plain PyTorch, step by step
+        trials = getattr(self.method, "budget", getattr(self.method, "population", 1))
+        return len(self.seeds) * trials * self.task.horizon * data.interval_examples / MICRO_BATCH * per_step
+
+    def compute(self, device: str) -> Result:
+        if self.is_search:
+            found: list[Searched] = self.method.run(self.task, self.seeds, device)
+            return found
+        if hasattr(self.method, "attach"):
+            return train_cohort(self.task, self.method, self.seeds, device=device)
+        return [train(self.task, self.method, seed, device=device) for seed in self.seeds]
+
+
+class Store:
+    """Finished cells, one JSON file each.
+
+    Args:
+        folder: made if need be; may be shared between evaluations and processes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, cell: Cell) -> Path:
+        return self.folder / f"{cell.task.name.replace('/', '-')}-{type(cell.method).__name__}-{cell.key[:24]}.json"
+
+    def __contains__(self, cell: Cell) -> bool:
+        return self.path(cell).is_file()
+
+    def load(self, cell: Cell) -> Result:
+        """The finished cell's result.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self.path(cell)
+        try:
+            results = json.loads(path.read_text())["results"]
+            return [(Searched if cell.is_search else Run).from_dict(result) for result in results]  # type: ignore[return-value]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it, and it will be computed anew") from error
+
+    def save(self, cell: Cell, results: Result, device: str) -> None:
+        record = {
+            "task": describe(cell.task),
+            "method": describe(cell.method),
+            "seeds": cell.seeds,
+            "provenance": provenance(device),
+            "results": [result.to_dict() for result in results],
+        }
+        write_atomically(self.path(cell), json.dumps(record, allow_nan=False).encode())
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    store: Store,
+    *,
+    workers: int = 2,
+    device: str = "cpu",
+    report: Callable[[float, float, str], None] = lambda done, total, name: None,
+) -> None:
+    """Compute the cells that `store` does not hold, the costliest first, each stored as soon as it is done.
+
+    Args:
+        workers: processes, one thread each; on a GPU there is one, whatever this says.
+        report: receives the work done so far, all the work (both in `Cell.cost`), and what was finished.
+    """
+    cells = list({cell.key: cell for cell in cells}.values())
+    missing = sorted((cell for cell in cells if cell not in store), key=lambda cell: -cell.cost)
+    total = sum(cell.cost for cell in cells)
+    done = total - sum(cell.cost for cell in missing)
+    report(done, total, f"{len(cells) - len(missing)} of {len(cells)} cells were there")
+    for index in _finished(missing, store, workers, device):
+        done += missing[index].cost
+        report(done, total, f"{missing[index].task.name} {type(missing[index].method).__name__}")
+
+
+def _finished(cells: Sequence[Cell], store: Store, workers: int, device: str) -> Iterator[int]:
+    if workers == 1 or not device.startswith("cpu"):
+        for index, cell in enumerate(cells):
+            yield _compute(index, cell, store, device)
+        return
+    jobs = (delayed(_in_worker)(index, cell, store, device) for index, cell in enumerate(cells))
+    with one_thread_each():
+        yield from Parallel(n_jobs=workers, return_as="generator_unordered")(jobs)
+
+
+def _in_worker(index: int, cell: Cell, store: Store, device: str) -> int:
+    torch.set_num_threads(1)
+    return _compute(index, cell, store, device)
+
+
+def _compute(index: int, cell: Cell, store: Store, device: str) -> int:
+    store.save(cell, cell.compute(device), device)
+    return index
+
+
+def describe(value: Any) -> Any:
+    """A task, a method or a part of one, as JSON: equal for equal settings only."""
+    if isinstance(value, ControlPolicy):
+        return {"policy": value.digest}
+    if isinstance(value, np.ndarray):
+        data = np.ascontiguousarray(value)
+        return {"array": hashlib.sha256(f"{data.dtype}{data.shape}".encode() + data.tobytes()).hexdigest()}
+    if is_dataclass(value):
+        return {type(value).__name__: {f.name: describe(getattr(value, f.name)) for f in fields(value)}}
+    if isinstance(value, Mapping):
+        return {str(key): describe(entry) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return [describe(entry) for entry in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"no description of a {type(value).__name__}")
+
+
+@lru_cache
+def code_version(module: str) -> str:
+    """Hash of the code that a method runs: the engine, the control loop, its module and those that this imports."""
+    paths = [*sorted((_ROOT / "inner_models").glob("*.py")), *sorted((_ROOT / "hpo_env").glob("*.py"))]
+    paths += [
+        _ROOT / "agents" / f"{name}.py" for name in sorted(_needed("application") | _needed(module.rpartition(".")[2]))
+    ]
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + _code_of(path.read_text()).encode())
+    digest.update((_ROOT / "hpo_env" / CALIBRATION_FILE).read_bytes())
+    return digest.hexdigest()
+
+
+def _needed(module: str) -> set[str]:
+    """A module of this package and, over and over, those that it imports."""
+    found, left = {module}, [module]
+    while left:
+        tree = ast.parse((_ROOT / "agents" / f"{left.pop()}.py").read_text())
+        names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module}
+        left += names - found
+        found |= names
+    return found
+
+
+def _code_of(source: str) -> str:
+    """`source` without comments, docstrings and formatting."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            texts = [entry for entry in body if isinstance(entry, ast.Expr) and isinstance(entry.value, ast.Constant)]
+            node.body = [entry for entry in body if entry not in texts]  # type: ignore[attr-defined]
+    return ast.dump(tree)

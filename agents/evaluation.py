@@ -1,0 +1,250 @@
+"""The judge: a policy, everything that a user would pick instead, and the controls that must lose, on the same tasks.
+
+All methods meet the same seeds: equal initial weights, data order and dropout masks. `agents.summary` has the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from hpo_env.hyperparameters import CONTROLS
+from inner_models.splits import META_TEST, META_VALIDATION, META_VALIDATION_SMALL
+from inner_models.tasks import Task
+
+from .application import Run
+from .calibration import RandomTrials
+from .cells import Cell, Result, Store, run_cells
+from .controllers import Elsewhere, Replay, WithPolicy, mean_trajectory
+from .policy import ControlPolicy
+from .population_based import PopulationBased
+from .schedules import (
+    Constant,
+    Cosine,
+    Hypergradient,
+    OneCycle,
+    Plateau,
+    Prodigy,
+    ScheduleFree,
+    WarmupStableDecay,
+)
+from .searches import SEARCHES, OptunaSearch, Searched
+
+SPLITS: dict[str, tuple[Task, ...]] = {
+    "meta-validation": META_VALIDATION,
+    "meta-validation-small": META_VALIDATION_SMALL,
+    "meta-test": META_TEST,
+}
+
+BASELINES: dict[str, Any] = {
+    "calibrated": Cosine("calibrated"),
+    "cosine": Cosine(),
+    "constant": Constant(),
+    "plateau": Plateau(),
+    "plateau-calibrated": Plateau("calibrated"),
+    "warmup-stable-decay": WarmupStableDecay(),
+    "one-cycle": OneCycle(),
+    "schedule-free": ScheduleFree(),
+    "prodigy": Prodigy(),
+    "hypergradient": Hypergradient(),
+}
+"""What a user would pick in one trial. The last four act at every step and train in plain PyTorch."""
+
+FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
+"""Bad starts: factors on the learning rate."""
+
+_CHUNK = 64  # trials of a bank that train as one cell
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much an evaluation may cost.
+
+    Attributes:
+        seeds: runs of each task and method.
+        bank: random-search trials of each task.
+        multiples: budgets of the calibrated schedule, in units of the run's own.
+        searches: names of the searches; `population-based` is one.
+        search_cost: full runs that each search may spend.
+        search_seeds: searches of each kind.
+    """
+
+    seeds: int = 5
+    bank: int = 256
+    multiples: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+    searches: tuple[str, ...] = ()
+    search_cost: int = 32
+    search_seeds: int = 3
+
+    def __post_init__(self) -> None:
+        if self.seeds < 2 or self.bank < 2 or not 1 <= self.search_seeds <= self.seeds:
+            raise ValueError(
+                f"seeds and bank must be at least 2 and search_seeds lie in 1..seeds, not {self.seeds}, {self.bank} "
+                f"and {self.search_seeds}"
+            )
+
+
+BUDGETS: dict[str, Budget] = {
+    "quick": Budget(),
+    "full": Budget(searches=(*SEARCHES, "population-based")),
+}
+"""`quick`: all but the searches. `full`: everything."""
+
+Kind = Literal["run", "bank", "budget", "start", "search"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that was run.
+
+    Attributes:
+        tasks: label -> task.
+        runs: method -> label -> one run a seed; the policy first.
+        banks: label -> random-search trials.
+        budgets: label -> budget multiple -> the calibrated schedule's runs, one a seed.
+        starts: label -> (`policy` or a baseline) -> factor on the learning rate -> runs, one a seed. The policy starts
+            from given values here.
+        searches: label -> name -> finished searches, one a search seed.
+    """
+
+    policy: ControlPolicy
+    budget: Budget
+    tasks: dict[str, Task]
+    runs: dict[str, dict[str, list[Run]]]
+    banks: dict[str, list[Run]]
+    budgets: dict[str, dict[float, list[Run]]]
+    starts: dict[str, dict[str, dict[float, list[Run]]]]
+    searches: dict[str, dict[str, list[Searched]]]
+
+
+def labels(tasks: Sequence[Task]) -> dict[str, Task]:
+    """A name for each task, distinct ones also where data set and model are the same."""
+    named: dict[str, Task] = {}
+    for task in tasks:
+        label = task.name if task.optimizer == "adamw" else f"{task.name}/{task.optimizer}"
+        same = sum(known == label or known.startswith(f"{label}#") for known in named)
+        named[f"{label}#{same + 1}" if same else label] = task
+    return named
+
+
+def scaled(task: Task, *, horizon: float = 1.0, width: float = 1.0) -> Task:
+    """A longer run, or one of a larger model."""
+    model = replace(task.model, width=round(task.model.width * width))
+    return replace(task, horizon=max(1, round(task.horizon * horizon)), model=model)
+
+
+def evaluate(
+    policy: ControlPolicy,
+    tasks: Sequence[Task],
+    budget: Budget,
+    store: Store,
+    *,
+    workers: int = 2,
+    device: str = "cpu",
+    report: Callable[[float, float, str], None] = lambda done, total, name: None,
+) -> Evaluation:
+    """Run what `store` does not hold yet, and gather all of it.
+
+    Args:
+        workers, device, report: as for `agents.cells.run_cells`.
+
+    Raises:
+        ValueError: a policy that needs other signals, a package that is missing, a damaged cell.
+    """
+    named = labels(tasks)
+    seeds = tuple(range(budget.seeds))
+    own = {label: Cell(task, WithPolicy(policy, record=True), seeds) for label, task in named.items()}
+    plan: dict[tuple[Kind, str, str], list[Cell]] = {}
+    for label, task in named.items():
+        for name, method in {**BASELINES, **ablations(policy)}.items():
+            plan["run", name, label] = _cells(task, method, seeds)
+        first = [(start, min(_CHUNK, budget.bank - start)) for start in range(0, budget.bank, _CHUNK)]
+        # Trial i trains with seed i modulo the seeds of a full evaluation, whatever this one's are.
+        plan["bank", "", label] = [
+            Cell(task, RandomTrials(start, count), tuple(trial % Budget.seeds for trial in range(start, start + count)))
+            for start, count in first
+        ]
+        for multiple in budget.multiples:
+            plan["budget", str(multiple), label] = _cells(scaled(task, horizon=multiple), Cosine("calibrated"), seeds)
+        for factor in FACTORS:
+            given = WithPolicy(policy, start="given", lr_factor=factor)
+            plan["start", f"policy {factor}", label] = _cells(task, given, seeds)
+            plan["start", f"calibrated {factor}", label] = _cells(task, Cosine("calibrated", factor), seeds)
+            plan["start", f"cosine {factor}", label] = _cells(task, Cosine("default", factor), seeds)
+        for name in budget.searches:
+            plan["search", name, label] = [Cell(task, _search(name, budget), seeds[: budget.search_seeds])]
+    # The policy's own runs come first: some controls are made from them.
+    total = sum(cell.cost for cells in (list(own.values()), *plan.values()) for cell in cells)
+    first_report = lambda done, _, name: report(done, total, name)  # noqa: E731
+    run_cells(list(own.values()), store, workers=workers, device=device, report=first_report)
+    runs = {label: _runs(store.load(cell)) for label, cell in own.items()}
+    for label, task in named.items():
+        for name, method in _made_from(policy, runs, label).items():
+            plan["run", name, label] = _cells(task, method, seeds)
+    everything = [cell for cells in (list(own.values()), *plan.values()) for cell in cells]
+    run_cells(everything, store, workers=workers, device=device, report=report)
+
+    def found(kind: Kind, name: str, label: str) -> list[Any]:
+        return [result for cell in plan[kind, name, label] for result in store.load(cell)]
+
+    names = dict.fromkeys(name for kind, name, _ in plan if kind == "run")
+    starters = ("policy", "calibrated", "cosine")
+    return Evaluation(
+        policy,
+        budget,
+        named,
+        runs={"policy": runs} | {name: {label: found("run", name, label) for label in named} for name in names},
+        banks={label: found("bank", "", label) for label in named},
+        budgets={label: {m: found("budget", str(m), label) for m in budget.multiples} for label in named},
+        starts={
+            label: {name: {f: found("start", f"{name} {f}", label) for f in FACTORS} for name in starters}
+            for label in named
+        },
+        searches={label: {name: found("search", name, label) for name in budget.searches} for label in named},
+    )
+
+
+def ablations(policy: ControlPolicy) -> dict[str, WithPolicy]:
+    """Less than the whole policy: parts of it, and what it does without eyes or without sense."""
+    return {
+        **{f"{name}-only": WithPolicy(policy, controls=(name,)) for name in CONTROLS},
+        "lr-and-batch-size": WithPolicy(policy, controls=("lr", "batch_size")),
+        "without-guard": WithPolicy(policy, guard=False),
+        "with-initial-loss": WithPolicy(policy, initial_loss=True),
+        "blanked": WithPolicy(policy, sees="nothing"),
+        "random-actions": WithPolicy(policy, acts="random"),
+    }
+
+
+def _made_from(policy: ControlPolicy, runs: dict[str, list[Run]], label: str) -> dict[str, Any]:
+    """The controls on task `label` that need the policy's own runs on all tasks."""
+    schedules = policy.header.base_schedules
+    trajectories = {name: [np.array(run.notes["offsets"]) for run in own] for name, own in runs.items()}
+    own = trajectories[label]
+    same = [mean_trajectory([*own[:seed], *own[seed + 1 :]]) for seed in range(len(own))]
+    elsewhere = [name for name in runs if name != label]
+    controls: dict[str, Any] = {"replay-same-task": Replay(schedules, np.stack(same))}
+    if elsewhere:
+        others = mean_trajectory([mean_trajectory(trajectories[name]) for name in elsewhere])
+        controls["replay-other-tasks"] = Replay(schedules, others[None])
+        seen = tuple(np.array(run.notes["observations"], np.float32) for name in elsewhere for run in runs[name])
+        controls["shuffled"] = WithPolicy(policy, sees=Elsewhere(seen))
+    return controls
+
+
+def _cells(task: Task, method: Any, seeds: tuple[int, ...]) -> list[Cell]:
+    """One cell where the seeds train together, one a seed in plain PyTorch."""
+    return [Cell(task, method, seeds)] if hasattr(method, "attach") else [Cell(task, method, (seed,)) for seed in seeds]
+
+
+def _search(name: str, budget: Budget) -> Any:
+    if name == "population-based":
+        return PopulationBased(budget.search_cost)
+    return OptunaSearch(name, budget.search_cost)  # type: ignore[arg-type]
+
+
+def _runs(result: Result) -> list[Run]:
+    return [run for run in result if isinstance(run, Run)]

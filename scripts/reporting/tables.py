@@ -1,0 +1,408 @@
+"""The figures of an evaluation as tables: on the terminal, and as a Markdown document that leaves none out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from agents import population_based, searches
+from agents.evaluation import BASELINES, Budget
+from agents.schedules import DEFAULTS
+from agents.summary import MEASURES, REFERENCE
+from hpo_env.actions import calibrated
+from hpo_env.hyperparameters import CONTROLS
+from hpo_env.rewards import CEILING
+
+NOT_REACHED = "not reached"
+
+_WORDS = {name: "learning rate" if name == "lr" else name.replace("_", " ") for name in CONTROLS}
+
+SETTINGS: dict[str, str] = {
+    "calibrated": "calibrated values, warm-up over 5 % of the run, cosine decay to 0; what the policy deviates from",
+    "cosine": "default values, warm-up over 5 % of the run, cosine decay to 0",
+    "constant": "default values, never changed",
+    "plateau": "default values, ReduceLROnPlateau: learning rate x 0.5 after a tenth of the run (at least 2 intervals) "
+    "without a better validation loss",
+    "plateau-calibrated": "the same from calibrated values",
+    "warmup-stable-decay": "calibrated values but half the learning rate, warm-up over 5 % of the run, then constant, "
+    "falling as 1 - sqrt in the last fifth",
+    "one-cycle": "calibrated values, torch's OneCycleLR at every step with the calibrated learning rate as its maximum",
+    "schedule-free": "calibrated batch size, weight decay and dropout, AdamWScheduleFree (SGDScheduleFree) at the "
+    "package's own learning rate, warm-up over 5 % of the steps",
+    "prodigy": "calibrated batch size and dropout, AdamW's calibrated weight decay, Prodigy at learning rate 1 with "
+    "use_bias_correction and safeguard_warmup, cosine annealing at every step",
+    "hypergradient": "default values, hypergradient descent on the learning rate at every step: Adam-HD with beta 1e-7 "
+    "(SGD-HD with 1e-3)",
+    **{
+        f"{name}-only": f"the policy moves the {words} alone, the rest is as in `calibrated`"
+        for name, words in _WORDS.items()
+    },
+    "lr-and-batch-size": "the policy moves these two, the rest is as in `calibrated`",
+    "blanked": "the policy with every measured feature at its mean in meta-training",
+    "shuffled": "the policy, shown at each decision what it saw at that progress in a random run of another task",
+    "random-actions": "uniformly random actions within the policy's bounds",
+    "replay-other-tasks": "the policy's mean trajectory over all other tasks, replayed without looking",
+    "replay-same-task": "the policy's mean trajectory over the other seeds of the same task, replayed without looking; "
+    "a tie says that it adapts to the task, not to the run",
+    "without-guard": "the policy without the guard against divergence",
+    "with-initial-loss": "the policy, told the validation loss before training",
+}
+"""How each method of one trial is set up, in a line."""
+
+_VARIANTS = ("replay-same-task", "without-guard", "with-initial-loss")
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "one trial": tuple(BASELINES),
+    "controls that must lose": tuple(name for name in SETTINGS if name not in (*BASELINES, *_VARIANTS)),
+    "variants, which may tie": _VARIANTS,
+}
+"""The parts of the tables of methods."""
+
+_RANDOM = (
+    "expected best of n trials drawn from the bank: each with warm-up and cosine decay, learning rate, batch size and "
+    "weight decay log-uniform, dropout uniform; its interval comes from the policy's seeds alone"
+)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table before it is drawn.
+
+    Attributes:
+        head: of the columns; the first is one of names, the others of figures.
+        groups: heading -> rows; no heading where it is empty.
+    """
+
+    title: str
+    head: tuple[str, ...]
+    groups: Mapping[str, Sequence[Sequence[str]]]
+
+    def to_rich(self) -> Table:
+        table = Table(title=self.title, title_justify="left")
+        for index, heading in enumerate(self.head):
+            table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
+        for name, rows in self.groups.items():
+            if name:
+                table.add_row(name, style="italic")
+            for row in rows:
+                table.add_row(*row)
+            table.add_section()
+        return table
+
+    def to_markdown(self) -> str:
+        rules = ["---", *("---:" for _ in self.head[1:])]
+        lines = [list(self.head), rules]
+        for name, rows in self.groups.items():
+            if name:
+                lines.append([f"**{name}**", *("" for _ in self.head[1:])])
+            lines += [list(row) for row in rows]
+        return "\n".join([f"### {self.title}", "", *(_pipes(line) for line in lines)])
+
+
+def overview(result: Mapping[str, Any]) -> list[Table]:
+    """The tables for the terminal: the headline, all methods, all searches, and each task's own.
+
+    Args:
+        result: as from `agents.summary.summarize`, or read back from its JSON.
+    """
+    return [sheet.to_rich() for sheet in (*_shared(result), *(_task(result, label) for label in result["tasks"]))]
+
+
+def markdown_tables(result: Mapping[str, Any]) -> str:
+    """What `overview` shows, in Markdown."""
+    sheets = (*_shared(result), *(_task(result, label) for label in result["tasks"]))
+    return "\n\n".join(sheet.to_markdown() for sheet in sheets) + "\n"
+
+
+def markdown(result: Mapping[str, Any], provenance: Mapping[str, Any], budget: Budget) -> str:
+    """The whole evaluation as a document.
+
+    Args:
+        result: as for `overview`.
+        provenance: where and with what it was computed, such as `agents.cells.provenance`.
+        budget: what was run.
+    """
+    shared = _shared(result, measures=("val", "test", "val_best"), by_seed=True)
+    multiples = f"{min(budget.multiples):g} to {max(budget.multiples):g} times the run's own budget"
+    parts = [
+        f"# Evaluation: {n_runs(result)}",
+        "A log ratio is ln(the other's loss / the policy's loss): above 0, the policy is better; +0.100 is a loss "
+        "10.5 % higher than the policy's. Runs are paired: equal seeds have equal initial weights, data order and "
+        "dropout masks. Over tasks and seeds, ratios are interquartile means (IQM), in brackets their 95 % intervals "
+        "from a bootstrap stratified by task; those of one task are means. `val` is the validation loss at the end of "
+        "the run, `best val` its least one, `test` the test loss at the interval of that least one, `final test` the "
+        "test loss at the end. Losses are means over seeds; a lost run counts as "
+        f"{CEILING:g} times its initial loss. Win rates "
+        f"and worst deciles (the 10 % quantile of the log ratios) are over all tasks and seeds. Speedups lie within "
+        f"{multiples}, random-search equivalents (RSE) within the bank of {budget.bank} trials. Seconds are those of a "
+        "run; where seeds train together they share them, so only those of one kind compare.",
+        "## Over all tasks",
+        *(sheet.to_markdown() for sheet in shared),
+        "## Task by task",
+    ]
+    for label in result["tasks"]:
+        sheets = (_task(result, label), *_searches_of(result, label), _bad_starts_of(result, label))
+        parts += [*(sheet.to_markdown() for sheet in sheets), _bank(result["tasks"][label])]
+    parts += ["## How the methods are set up", *_settings(result)]
+    parts += [
+        "## What was run, and where",
+        _pairs("budget", {name: _listed(value) for name, value in asdict(budget).items()}),
+        _pairs("provenance", {name: _listed(value) for name, value in provenance.items()}),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def n_runs(result: Mapping[str, Any]) -> str:
+    """`n = tasks x seeds`."""
+    tasks = result["tasks"].values()
+    return _n(len(tasks), len(next(iter(tasks))["methods"]["policy"]["val"]), "seed")
+
+
+def n_searches(result: Mapping[str, Any]) -> str:
+    """`n = tasks x searches`, where there are any beside random search; that is an expectation over the bank."""
+    tasks = list(result["tasks"].values())
+    found = [figures["val"] for by_cost in tasks[0]["searches"].values() for figures in by_cost.values()]
+    return _n(len(tasks), len(found[0]), "search") if found else n_runs(result)
+
+
+def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of methods by the `GROUPS` that they belong to, in their order; those of none come last."""
+    given = list(names)
+    groups = {group: [name for name in members if name in given] for group, members in GROUPS.items()}
+    known = [name for members in groups.values() for name in members]
+    groups["others"] = [name for name in given if name not in known]
+    return {group: members for group, members in groups.items() if members}
+
+
+def _shared(result: Mapping[str, Any], measures: tuple[str, ...] = MEASURES, *, by_seed: bool = False) -> list[Sheet]:
+    """The tables over all tasks."""
+    return [
+        _headline(result),
+        _by_task(result, by_seed),
+        _bad_starts(result),
+        _against(result, measures),
+        *(_against_searches(result, measure) for measure in MEASURES),
+    ]
+
+
+def _headline(result: Mapping[str, Any]) -> Sheet:
+    summary = result["summary"]
+    cap, failures = summary["rse_cap"], summary["bad_start_failures"]
+    pays = summary["pays_for_itself_after_runs"]
+    calibrated_rse = list(summary["rse_calibrated_by_task"].values())
+    rows = [
+        ["random-search equivalents, median over tasks", _rse(summary["rse_median"], cap),
+         _rse(float(np.median(calibrated_rse)), cap)],
+        [f"speedup over {REFERENCE}", _times(summary["speedup_iqm"], summary["speedup_ci"]), ""],
+        *([f"{measure} log ratio", _of(summary, f"{measure}_log_ratio"), ""] for measure in MEASURES),
+        ["val win rate", _share(summary["win_rate"]), ""],
+        ["test win rate", _share(summary["test_win_rate"]), ""],
+        ["val worst decile", _ratio(summary["worst_decile"]), ""],
+        ["test worst decile", _ratio(summary["test_worst_decile"]), ""],
+        ["bad starts that fail, policy chooses the start", _share(failures["policy"]), ""],
+        ["bad starts that fail, start is given", _share(failures["policy_given"]), _share(failures["calibrated"])],
+        ["runs until meta-training has paid for itself", NOT_REACHED if pays is None else f"{pays:,.0f}", ""],
+    ]  # fmt: skip
+    title = f"policy against {REFERENCE}: {n_runs(result)}; log ratios above 0: the policy is better"
+    return Sheet(title, ("", "policy", REFERENCE), {"": rows})
+
+
+def _by_task(result: Mapping[str, Any], by_seed: bool) -> Sheet:
+    cap = result["summary"]["rse_cap"]
+    rows = []
+    for label, task in result["tasks"].items():
+        cells = [label, str(task["horizon"]), _rse(task["rse"], cap), _rse(task["rse_calibrated"], cap)]
+        cells.append(_times(float(np.mean(task["speedup"]))))
+        cells += [_of_task(task["methods"][REFERENCE], measure) for measure in MEASURES]
+        if by_seed:
+            cells.append(", ".join(_rse(value, cap) for value in task["rse_by_seed"]))
+            cells.append(", ".join(_times(value) for value in task["speedup"]))
+        rows.append(cells)
+    head = ("task", "intervals", "RSE", f"{REFERENCE}'s", "speedup", *(f"{measure} log ratio" for measure in MEASURES))
+    title = f"random-search equivalents (RSE), speedup and log ratios to {REFERENCE}: {n_runs(result)}"
+    return Sheet(title, head + (("RSE by seed", "speedup by seed") if by_seed else ()), {"": rows})
+
+
+def _bad_starts(result: Mapping[str, Any]) -> Sheet:
+    failures = result["summary"]["bad_start_failures"]
+    factors = list(failures["by_factor"]["policy_given"])
+    rows = [["policy, chooses its start", *("" for _ in factors), _share(failures["policy"])]]
+    for name, by_factor in failures["by_factor"].items():
+        shares = [_share(by_factor[factor]) for factor in factors]
+        rows.append([name.replace("_given", ", start is given"), *shares, _share(failures[name])])
+    title = f"bad starts: share lost or worse than {REFERENCE} from its own start: {n_runs(result)} a start"
+    return Sheet(title, ("learning rate", *(f"x {float(factor):g}" for factor in factors), "all"), {"": rows})
+
+
+def _against(result: Mapping[str, Any], measures: tuple[str, ...]) -> Sheet:
+    against = result["summary"]["against"]
+
+    def row(name: str) -> list[str]:
+        figures, cells = against[name], [name]
+        for measure in measures:
+            prefix = "" if measure == "val" else f"{measure}_"
+            cells += [_of(figures, f"{measure}_log_ratio"), _share(figures[f"{prefix}win_rate"])]
+            cells.append(_ratio(figures[f"{prefix}worst_decile"]))
+        return cells
+
+    names = [measure.replace("val_best", "best val") for measure in measures]
+    head = ("method", *(f"{name} {kind}" for name in names for kind in ("log ratio", "wins", "worst")))
+    groups = {group: [row(name) for name in members] for group, members in grouped(against).items()}
+    title = f"policy against each method: {n_runs(result)}; above 0: the policy is better; worst: the worst decile"
+    return Sheet(title, head, groups)
+
+
+def _against_searches(result: Mapping[str, Any], measure: str) -> Sheet:
+    table = result["summary"]["against_searches"]
+    costs = _costs(table)
+    cells = {
+        name: {cost: _of(figures, f"{measure}_log_ratio") for cost, figures in by_cost.items()}
+        for name, by_cost in table.items()
+    }
+    title = f"policy, one run, against searches by their cost: {measure} log ratio, {n_searches(result)}; above 0: the "
+    return Sheet(f"{title}policy is better", ("full runs", *costs), {"": _by_cost(cells, costs)})
+
+
+def _task(result: Mapping[str, Any], label: str) -> Sheet:
+    task = result["tasks"][label]
+
+    def row(name: str) -> list[str]:
+        figures = task["methods"][name]
+        losses = [_loss(_mean(figures[measure])) for measure in ("val", "val_best", "test", "test_final")]
+        ratios = [_of_task(figures, measure) for measure in MEASURES]
+        return [name, *losses, *ratios, str(figures["lost"]), f"{figures['seconds']:.3g}"]
+
+    head = ("method", "val", "best val", "test", "final test", "val log ratio", "test log ratio", "lost", "seconds")
+    members = grouped(name for name in task["methods"] if name != "policy")
+    groups = {"": [row("policy")]} | {group: [row(name) for name in names] for group, names in members.items()}
+    seeds = len(task["methods"]["policy"]["val"])
+    title = f"{label}: {task['horizon']} intervals, n = {seeds} seeds; log ratios above 0: the policy is better"
+    return Sheet(title, head, groups)
+
+
+def _searches_of(result: Mapping[str, Any], label: str) -> list[Sheet]:
+    """What searches found on a task; random search's is an expectation."""
+    task = result["tasks"][label]
+    table: dict[str, Any] = {"random": task["random_search"], **task["searches"]}
+    costs = _costs(table)
+    sheets = []
+    for measure in MEASURES:
+        cells = {
+            name: {cost: _loss(_mean(found[measure])) for cost, found in by_cost.items()}
+            for name, by_cost in table.items()
+        }
+        title = f"{label}: {measure} loss of what searches found, by cost"
+        sheets.append(Sheet(title, ("full runs", *costs), {"": _by_cost(cells, costs)}))
+    return sheets
+
+
+def _bad_starts_of(result: Mapping[str, Any], label: str) -> Sheet:
+    table = result["tasks"][label]["bad_starts"]
+    factors = list(next(iter(table.values())))
+    rows = [[name, *(_loss(_mean(by_factor[factor])) for factor in factors)] for name, by_factor in table.items()]
+    head = ("learning rate", *(f"x {float(factor):g}" for factor in factors))
+    return Sheet(f"{label}: val loss from bad starts, for the policy given ones", head, {"": rows})
+
+
+def _bank(task: Mapping[str, Any]) -> str:
+    bank = np.array([math.inf if loss is None else loss for loss in task["bank"]])
+    quantiles = zip(("best", "median", "worst"), np.quantile(bank, [0, 0.5, 1]).tolist(), strict=True)
+    return f"The bank, {len(bank)} trials: {', '.join(f'{name} val loss {_loss(loss)}' for name, loss in quantiles)}."
+
+
+def _settings(result: Mapping[str, Any]) -> list[str]:
+    known: dict[str, str] = {"random": _RANDOM, **population_based.SETTINGS}
+    known |= {str(name): setting for name, setting in searches.SETTINGS.items()}
+    methods = {name: SETTINGS.get(name, "") for name in result["summary"]["against"]}
+    methods |= {name: known.get(name, "") for name in result["summary"]["against_searches"]}
+    values = {
+        kind: {optimizer: of(optimizer) for optimizer in DEFAULTS}
+        for kind, of in (("default", DEFAULTS.__getitem__), ("calibrated", calibrated))
+    }
+    described = [
+        f"- {kind} values, {optimizer}: "
+        + ", ".join(f"{words} {getattr(schedule, name):.3g}" for name, words in _WORDS.items())
+        for kind, by_optimizer in values.items()
+        for optimizer, schedule in by_optimizer.items()
+    ]
+    listed = "\n".join(f"- `{name}`: {setting}" for name, setting in methods.items())
+    return [listed.replace("<", "&lt;"), "\n".join(described)]
+
+
+def _n(tasks: int, runs: int, name: str) -> str:
+    plural = "es" if name == "search" else "s"
+    return f"n = {tasks} task{'s' * (tasks > 1)} x {runs} {name}{plural * (runs > 1)}"
+
+
+def _costs(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return sorted({cost for by_cost in table.values() for cost in by_cost}, key=float)
+
+
+def _by_cost(table: Mapping[str, Mapping[str, str]], costs: Sequence[str]) -> list[list[str]]:
+    """A row a search; costs before its first are not reached, those beyond its last were not run."""
+    rows = []
+    for name, by_cost in table.items():
+        last = max(map(float, by_cost), default=math.inf)
+        missing = (NOT_REACHED if float(cost) < last else "" for cost in costs)
+        rows.append([name, *(by_cost.get(cost, without) for cost, without in zip(costs, missing, strict=True))])
+    return rows
+
+
+def _mean(losses: float | Sequence[float | None] | None) -> float | None:
+    """None where one of them is."""
+    values = losses if isinstance(losses, Sequence) else [losses]
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
+
+
+def _ratio(value: float | None) -> str:
+    return NOT_REACHED if value is None else f"{round(value, 3) + 0.0:+.3f}"
+
+
+def _of(figures: Mapping[str, Any], name: str) -> str:
+    """An aggregate with its interval."""
+    low, high = figures[f"{name}_ci"]
+    return f"{_ratio(figures[f'{name}_iqm'])} [{_ratio(low)}, {_ratio(high)}]"
+
+
+def _of_task(figures: Mapping[str, Any], measure: str) -> str:
+    """A task's log ratio with its interval; the policy has none."""
+    ratio = figures.get(f"{measure}_log_ratio")
+    return f"{_ratio(ratio['value'])} [{_ratio(ratio['low'])}, {_ratio(ratio['high'])}]" if ratio else ""
+
+
+def _loss(value: float | None) -> str:
+    """Four significant digits."""
+    return NOT_REACHED if value is None or not math.isfinite(value) else f"{value:#.4g}".rstrip(".")
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _rse(value: float, cap: int) -> str:
+    """The cap also stands for everything above it."""
+    return f"{'>= ' if value >= cap else ''}{value:g}"
+
+
+def _times(value: float, interval: Sequence[float] = ()) -> str:
+    ends = f" [{', '.join(f'{end:.2f}' for end in interval)}]" if interval else ""
+    return f"{value:.2f}{ends}"
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
+
+
+def _pairs(name: str, values: Mapping[str, str]) -> str:
+    lines = [(name, ""), ("---", "---"), *values.items()]
+    return "\n".join(_pipes(line) for line in lines)
+
+
+def _pipes(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

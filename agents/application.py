@@ -1,72 +1,179 @@
-"""Train a task once under a controller, in plain PyTorch, as a user's run would be."""
+"""Train a task under a method: in plain PyTorch, as a user's run would be, or all seeds as one cohort of the engine."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, Self, cast
 
-from hpo_env.actions import calibrated
-from hpo_env.hyperparameters import CONTROLS, Binding
+import numpy as np
+from torch import Tensor
+
+from hpo_env.hyperparameters import CONTROLS, Array, Binding
+from inner_models.batched_training import BatchedTraining
+from inner_models.datasets import Split
 from inner_models.tasks import Task, prepare
 from inner_models.training import Training
 
-from .policy import ControlPolicy
-from .schedules import Constant, Controller, Cosine, Plateau, defaults
-from .tuner import ScalarWriter, Tuner
+from .files import ScalarWriter
 
-MakeController = Callable[[Training], Controller]
-"""Attaches a controller to a run."""
-
-BASELINES: dict[str, MakeController] = {
-    "constant": lambda run: Constant(_bind(run), defaults(run.optimizer)),
-    "cosine": lambda run: Cosine(_bind(run), defaults(run.optimizer), run.task.horizon),
-    "plateau": lambda run: Plateau(_bind(run), defaults(run.optimizer), run.optimizer, run.task.horizon),
-    "calibrated": lambda run: Cosine(_bind(run), calibrated(run.task.optimizer), run.task.horizon),
-}
-"""Name -> controller. The first three use the usual defaults (`agents.schedules`), `calibrated` the base schedule."""
+TEST_ROWS = 4096
+"""Rows of the test split that runs are judged on, at most; splits are in random order."""
 
 
-def with_policy(policy: ControlPolicy) -> MakeController:
-    """The tuner with `policy`, attached as the README's three lines do: all controls its own, no initial loss."""
+class Runs(Protocol):
+    """What a schedule needs to know: the task, and how many runs of it there are."""
 
-    def attach(run: Training) -> Tuner:
-        tuner = Tuner(
-            policy,
-            run.optimizer,
-            model=run.model,
-            total_epochs=run.task.horizon,
-            batch_size=run.batch_sampler.batch_size,
-        )
-        tuner.follow(run.batch_sampler)
-        return tuner
+    @property
+    def task(self) -> Task: ...
 
-    return attach
+    @property
+    def runs(self) -> int: ...
+
+
+class Controller(Protocol):
+    """Sets the hyperparameters of several runs of one task, interval by interval.
+
+    Attributes:
+        values: control -> `[runs]`, for the coming interval.
+    """
+
+    @property
+    def values(self) -> Mapping[str, Array]: ...
+
+    def step(self, signals: Mapping[str, Array]) -> None:
+        """Take in the signals of the interval that has just been trained, `[runs]` each
+        (`inner_models.signals.SIGNALS`), and set `values` anew."""
+
+
+class Schedule(Protocol):
+    """A method that needs nothing but the losses. A frozen dataclass; its fields are its settings."""
+
+    def attach(self, runs: Runs) -> Controller: ...
+
+
+class Cohort:
+    """Runs of one task that train together, as their controller sees them: no test split in reach.
+
+    Attributes:
+        initial_loss: `[runs]`, validation losses before training.
+        parameters: trainable parameters of the model.
+        has_dropout: whether the model has dropout layers.
+    """
+
+    def __init__(self, training: BatchedTraining) -> None:
+        self._training = training
+        self.task, self.runs = training.task, training.replicas
+        self.parameters, self.has_dropout = training.parameters, training.has_dropout
+        self.initial_loss = training.evaluate("val")
+
+    def snapshot(self, run: int) -> dict[str, Tensor]:
+        """Copy of a run's weights and optimizer state."""
+        return self._training.snapshot(run)
+
+    def restore(self, run: int, snapshot: Mapping[str, Tensor]) -> None:
+        """Set a run back to a snapshot."""
+        self._training.restore(run, snapshot)
+
+
+class CohortMethod(Protocol):
+    """A method that runs on the engine: every `Schedule`, and what looks closer. A frozen dataclass."""
+
+    def attach(self, cohort: Cohort, /) -> Controller: ...
+
+
+class RunController(Protocol):
+    """Sets one torch run's hyperparameters epoch by epoch. `Tuner` is one."""
+
+    @property
+    def hyperparameters(self) -> dict[str, float]: ...
+
+    def step(self, *, train_loss: float, val_loss: float | None = None) -> Any: ...
+
+
+MakeController = Callable[[Training], RunController]
+"""Attaches a controller to a torch run."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. Lists have one entry an epoch; controls that the model lacks are absent.
+    """A finished run. Lists have one entry an interval; controls that the model lacks are absent.
 
     Attributes:
-        test_loss: at the epoch of the best validation loss, as a user would deploy it.
+        initial_loss: validation loss before training.
+        test_loss: at the interval of the best validation loss, as a user would deploy it.
         final_test_loss: at the end.
-        seconds: wall-clock, controller included, evaluation on the test split not.
+        seconds: wall-clock, controller included, evaluation on the test split not; a cohort's divided by its runs.
+        notes: what the controller wrote down (`Controller.notes`), if anything.
     """
 
+    seed: int
+    initial_loss: float
     train_loss: list[float]
     val_loss: list[float]
     controls: dict[str, list[float]]
     test_loss: float
     final_test_loss: float
     seconds: float
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: the controls are keys beside the losses; a loss that is not finite is null."""
-        flat = asdict(self)
-        return {key: jsonable(value) for key, value in {**flat, **flat.pop("controls")}.items() if key != "controls"}
+        """As JSON has it; a loss that is not finite is null."""
+        return cast(dict[str, Any], jsonable(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; null is NaN."""
+        numbers = {name: _number(record[name]) for name in ("initial_loss", "test_loss", "final_test_loss")}
+        losses = {name: [_number(value) for value in record[name]] for name in ("train_loss", "val_loss")}
+        return cls(**{**record, **numbers, **losses})
+
+
+def train_cohort(task: Task, method: CohortMethod, seeds: Sequence[int], *, device: str = "cpu") -> list[Run]:
+    """Train `task` once a seed under `method`, all as one cohort.
+
+    Args:
+        seeds: initial weights, data order and dropout masks; equal seeds pair runs.
+    """
+    started = time.perf_counter()
+    training = BatchedTraining(task, seeds, device=device)  # without the test split
+    cohort = Cohort(training)
+    controller = method.attach(cohort)
+    names = [name for name in CONTROLS if name != "dropout" or training.has_dropout]
+    history: list[Mapping[str, Array]] = []
+    controls: list[dict[str, Array]] = []
+    best = np.full(len(seeds), np.inf)
+    snapshots = [cohort.snapshot(run) for run in range(len(seeds))]
+    for _ in range(task.horizon):
+        controls.append({name: np.array(controller.values[name]) for name in names})
+        signals = training.advance({**{name: np.zeros(len(seeds)) for name in CONTROLS}, **controls[-1]})
+        history.append(signals)
+        for run in np.flatnonzero(signals["val_loss"] < best).tolist():
+            best[run], snapshots[run] = signals["val_loss"][run], cohort.snapshot(run)
+        controller.step(signals)
+    seconds = (time.perf_counter() - started) / len(seeds)
+    test = held_out_rows(task)
+    final = training.evaluate(test)
+    for run, snapshot in enumerate(snapshots):
+        training.restore(run, snapshot)
+    at_best = training.evaluate(test)
+    notes = getattr(controller, "notes", [{}] * len(seeds))
+    return [
+        Run(
+            seed=int(seed),
+            initial_loss=float(cohort.initial_loss[run]),
+            train_loss=[float(signals["train_loss"][run]) for signals in history],
+            val_loss=[float(signals["val_loss"][run]) for signals in history],
+            controls={name: [float(values[name][run]) for values in controls] for name in names},
+            test_loss=float(at_best[run]),
+            final_test_loss=float(final[run]),
+            seconds=seconds,
+            notes=notes[run],
+        )
+        for run, seed in enumerate(seeds)
+    ]
 
 
 def train(
@@ -78,27 +185,31 @@ def train(
     writer: ScalarWriter | None = None,
     report: Callable[[int], None] = lambda epoch: None,
 ) -> Run:
-    """Train `task` once.
+    """Train `task` once, in plain PyTorch.
 
     Args:
         seed: initial weights, data order and dropout masks; equal seeds pair runs.
         writer: receives `inner/*` and `control/*`, one step an epoch.
         report: called after each epoch with the number of epochs done.
     """
-    run = Training(task, seed, data=prepare(task, with_test=True), device=device)
+    run = Training(task, seed, device=device)  # without the test split
+    test = held_out_rows(task)
+    initial_loss = run.evaluate("val")
     started, testing = time.perf_counter(), 0.0
     controller = attach(run)
     train_losses: list[float] = []
     val_losses: list[float] = []
     controls: dict[str, list[float]] = {name: [] for name in CONTROLS if name in controller.hyperparameters}
-    best = test_loss = final_test_loss = math.inf
+    best = math.inf
+    test_loss = final_test_loss = math.inf
     for epoch in range(task.horizon):
         for name in controls:
             controls[name].append(controller.hyperparameters[name])
         signals = run.advance()
-        before = time.perf_counter()
-        final_test_loss = run.evaluate("test")
-        testing += time.perf_counter() - before
+        if signals["val_loss"] < best or epoch == task.horizon - 1:
+            before = time.perf_counter()
+            final_test_loss = run.evaluate(test)
+            testing += time.perf_counter() - before
         if signals["val_loss"] < best:
             best, test_loss = signals["val_loss"], final_test_loss
         train_losses.append(signals["train_loss"])
@@ -111,15 +222,56 @@ def train(
         controller.step(train_loss=signals["train_loss"], val_loss=signals["val_loss"])
         report(epoch + 1)
     seconds = time.perf_counter() - started - testing
-    return Run(train_losses, val_losses, controls, test_loss, final_test_loss, seconds)
+    return Run(seed, initial_loss, train_losses, val_losses, controls, test_loss, final_test_loss, seconds)
 
 
-def _bind(run: Training) -> Binding:
-    return Binding(run.optimizer, run.model, run.batch_sampler)
+@dataclass(frozen=True)
+class _OneRun:
+    task: Task
+    runs: int = 1
+
+
+class Following:
+    """A schedule on a torch run."""
+
+    def __init__(self, schedule: Schedule, run: Training) -> None:
+        self._binding = Binding(run.optimizer, run.model, run.batch_sampler)
+        self._controller = schedule.attach(_OneRun(run.task))
+        self._apply()
+
+    @property
+    def hyperparameters(self) -> dict[str, float]:
+        return self._binding.read()
+
+    def step(self, *, train_loss: float, val_loss: float | None = None) -> None:
+        losses = {"train_loss": train_loss, "val_loss": math.nan if val_loss is None else val_loss}
+        self._controller.step({name: np.array([value]) for name, value in losses.items()})
+        self._apply()
+
+    def _apply(self) -> None:
+        self._binding.write({name: float(self._controller.values[name][0]) for name in self._binding.available})
+
+
+def following(schedule: Schedule) -> MakeController:
+    """`schedule`, for a torch run."""
+    return lambda run: Following(schedule, run)
+
+
+def held_out_rows(task: Task) -> Split:
+    """What runs of `task` are judged on: the first `TEST_ROWS` rows of its test split."""
+    test = prepare(task, with_test=True).dataset.test
+    assert test is not None
+    return Split(test.inputs[:TEST_ROWS], test.targets[:TEST_ROWS])
 
 
 def jsonable(value: Any) -> Any:
-    """`value`, numbers and lists of them, with null for what is not finite."""
-    if isinstance(value, list):
+    """`value`, numbers and containers of them, with null for what is not finite."""
+    if isinstance(value, dict):
+        return {key: jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
         return [jsonable(entry) for entry in value]
-    return value if math.isfinite(value) else None
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

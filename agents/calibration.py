@@ -8,8 +8,8 @@ configuration, capped, so that tasks weigh alike and one failure does not decide
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from hpo_env.actions import BaseSchedule
 from hpo_env.hyperparameters import CONTROLS, Array
 from inner_models.batched_training import BatchedTraining
 from inner_models.tasks import OptimizerName, Task, TaskDistribution
+
+from .application import Controller, Runs
 
 REGRET_CAP = 1.0
 """Largest regret (in log loss) that counts on one task."""
@@ -43,6 +45,41 @@ def sample_schedules(optimizer: OptimizerName, count: int, rng: np.random.Genera
             values[name] = float(control.from_scale(control.to_scale(np.asarray(drawn))))
         schedules.append(BaseSchedule(**values))
     return schedules
+
+
+@dataclass(frozen=True)
+class RandomTrials:
+    """Part of a random search: trials `first` .. `first + count`, one a run, each with warm-up and cosine decay.
+
+    Attributes:
+        seed: seed of the whole search.
+    """
+
+    first: int
+    count: int
+    seed: int = 0
+
+    def attach(self, runs: Runs) -> Controller:
+        if runs.runs != self.count:
+            raise ValueError(f"{self.count} trials need as many runs, not {runs.runs}")
+        return _Trials(self, runs)
+
+
+class _Trials:
+    def __init__(self, trials: RandomTrials, runs: Runs) -> None:
+        rng = np.random.default_rng(trials.seed)
+        self._schedules = sample_schedules(runs.task.optimizer, trials.first + trials.count, rng)[trials.first :]
+        self._horizon = runs.task.horizon
+        self._interval = 0
+
+    @property
+    def values(self) -> dict[str, Array]:
+        progress = np.asarray((min(self._interval, self._horizon - 1) + 0.5) / self._horizon)
+        values = [schedule.values(progress) for schedule in self._schedules]
+        return {name: np.array([float(v[name]) for v in values]) for name in CONTROLS}
+
+    def step(self, signals: Mapping[str, Array]) -> None:
+        self._interval += 1
 
 
 def final_losses(task: Task, schedules: Sequence[BaseSchedule], seed: int, device: str = "cpu") -> Array:

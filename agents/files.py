@@ -1,13 +1,20 @@
-"""Files of a run, and writing them so that nothing that existed is lost."""
+"""Files of a run, its TensorBoard writer, and writing them so that nothing that existed is lost."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+from typing import Any, Protocol
 
 CONFIG_FILE = "config.json"
 """The effective settings, in every run's folder."""
+
+
+class ScalarWriter(Protocol):
+    """What a TensorBoard `SummaryWriter` offers here."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
 
 
 def write_atomically(path: Path, data: bytes) -> None:

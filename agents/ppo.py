@@ -28,9 +28,9 @@ from hpo_env.actions import calibrated
 from inner_models.splits import datasets_of
 
 from .files import CONFIG_FILE, write_atomically
+from .meta_validation import MetaValidation, Score
 from .policy import OBSERVATION_CLIP, ControlPolicy, PolicyHeader
 from .presets import MetaTrainingConfig, effective_config
-from .rollouts import MetaValidation, Score
 from .vec_env import CohortVecEnv
 
 HIDDEN = (64, 64)

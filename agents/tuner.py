@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -20,18 +20,13 @@ from inner_models.names import unknown
 from inner_models.sampling import BatchSampler
 from inner_models.signals import GradientMeter
 
+from .files import ScalarWriter
 from .policy import ControlPolicy, PolicyError
 from .watch import LOWERED, Watch
 
 PRETRAINED = "pretrained.safetensors"
 
 _log = logging.getLogger("hyperpilot")
-
-
-class ScalarWriter(Protocol):
-    """What a TensorBoard `SummaryWriter` offers here."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
 
 
 class _BatchSize:

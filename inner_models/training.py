@@ -80,9 +80,15 @@ class Training:
         self.batch_sampler = BatchSampler(rows, 2 * MICRO_BATCH, streams.order, self.data.interval_examples)
         self._meter = GradientMeter(self.optimizer)
 
+    def use(self, optimizer: torch.optim.Optimizer) -> None:
+        """Train with another optimizer of the model's parameters."""
+        self._meter.close()
+        self.optimizer = optimizer
+        self._meter = GradientMeter(optimizer)
+
     def advance(self) -> dict[str, float]:
         """Train for one interval. Returns its signals (`inner_models.signals.SIGNALS`)."""
-        self.model.train()
+        self._mode(training=True)
         split = self.data.dataset.train
         total = torch.zeros((), device=self._device, dtype=self._dtype)
         for rows in self.batch_sampler:
@@ -97,18 +103,25 @@ class Training:
         return signals
 
     @torch.no_grad()
-    def evaluate(self, split: Literal["train", "val", "test"]) -> float:
-        """Mean loss on a split, dropout off.
+    def evaluate(self, split: Literal["train", "val", "test"] | Split) -> float:
+        """Mean loss on a split of the task's, or on rows of the caller's, dropout off.
 
         Raises:
             LookupError: the test split was not handed to this run.
         """
-        rows: Split | None = getattr(self.data.dataset, split)
+        rows: Split | None = split if isinstance(split, Split) else getattr(self.data.dataset, split)
         if rows is None:
             raise LookupError(f"this run was made without the {split} split")
-        self.model.eval()
+        self._mode(training=False)
         chunks = zip(torch.split(rows.inputs, 4096), torch.split(rows.targets, 4096), strict=True)
         return sum(self._losses(x, y).sum().item() for x, y in chunks) / rows.targets.numel()
+
+    def _mode(self, *, training: bool) -> None:
+        """Optimizers that train at one point and evaluate at another (schedule-free ones) switch with the model."""
+        self.model.train(training)
+        switch = getattr(self.optimizer, "train" if training else "eval", None)
+        if switch is not None:
+            switch()
 
     def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         inputs, targets = inputs.to(self._device), targets.to(self._device)

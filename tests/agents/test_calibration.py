@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from agents.calibration import REGRET_CAP, SEARCH_RANGES, calibrate, final_losses, regrets, sample_schedules
-from agents.rollouts import roll_out, stay
 from hpo_env.actions import BaseSchedule
 from hpo_env.hyperparameters import CONTROLS
 from inner_models.tasks import OptimizerName, Task
+from inner_models.training import Training
 from tests.tiny import TINY
 
 TASK = Task.named("digits/mlp", horizon=3, interval_examples=64, train_rows=96, eval_rows=64)
@@ -56,7 +56,7 @@ def test_final_losses_are_those_of_runs_under_the_schedule() -> None:
     np.testing.assert_array_equal(losses, final_losses(TASK, schedules, seed=0))
     np.testing.assert_allclose(losses[:2], final_losses(TASK, schedules[:2], seed=0), rtol=1e-4)
     assert np.isfinite(losses).all()
-    assert (losses < 3 * roll_out(TASK, stay, [0]).val_loss[0, 0]).all()
+    assert (losses < 3 * Training(TASK, 0).evaluate("val")).all()
 
 
 def test_calibrate_is_deterministic() -> None:

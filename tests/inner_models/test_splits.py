@@ -38,9 +38,8 @@ def test_validation_tasks_can_be_built(task: Task) -> None:
     build_model(task.model, prepare(task).dataset)
 
 
-@pytest.mark.parametrize("name", [name for name in META_TEST if "fashion" not in name])
-def test_test_tasks_can_be_built(name: str) -> None:
-    task = Task.named(name)
+@pytest.mark.parametrize("task", [task for task in META_TEST if "fashion" not in task.name], ids=lambda task: task.name)
+def test_test_tasks_can_be_built(task: Task) -> None:
     build_model(task.model, prepare(task).dataset)
 
 

@@ -1,0 +1,225 @@
+"""The policy on a cohort of the engine, as the tuner is on one torch run; and the controls that it must beat.
+
+A test holds `WithPolicy` to `Tuner`: the same decisions, guard included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpo_env.actions import BaseSchedule, apply_offsets, calibrated
+from hpo_env.control import ControlLoop
+from hpo_env.hyperparameters import CONTROLS, Array
+from hpo_env.observations import FEATURES
+from inner_models.training import Training
+
+from .application import Cohort, Controller, MakeController, Runs
+from .policy import ControlPolicy
+from .tuner import Tuner
+from .watch import LOWERED, Watch
+
+GIVEN_FACTOR = 10.0
+"""The tuner's `max_factor`, as it comes."""
+
+_KNOWN = ("progress", "horizon", "parameters", "momentum_sgd", "first_decision", "val_missing", "gradients_missing")
+MEASURED = np.array([f.name not in _KNOWN and not f.name.startswith(tuple(CONTROLS)) for f in FEATURES])
+"""`[features]`, which of them tell of the run's course; the others could be known without looking at it."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Observations of other runs.
+
+    Attributes:
+        runs: one array a run, `[decisions, features]`.
+        seed: seed of the choice.
+    """
+
+    runs: tuple[NDArray[np.float32], ...]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class WithPolicy:
+    """A policy, attached as `Tuner` attaches it.
+
+    Attributes:
+        controls: those that it moves; the others follow the calibrated schedule.
+        guard: whether divergence is answered by the best snapshot and a lower learning rate.
+        start: as in `Tuner`; with `given`, the user's own values are the calibrated ones.
+        lr_factor: with `given`, a factor on the user's learning rate.
+        initial_loss: whether the validation loss before training is told.
+        sees: its own run; nothing measured (those features stand at the mean of its meta-training); or at every
+            decision another run's observation, drawn anew, at the same progress.
+        acts: as the policy says, or uniformly at random.
+        record: write observations and offsets down in the runs' notes.
+    """
+
+    policy: ControlPolicy
+    controls: tuple[str, ...] = tuple(CONTROLS)
+    guard: bool = True
+    start: Literal["policy", "given"] = "policy"
+    lr_factor: float = 1.0
+    initial_loss: bool = False
+    sees: Literal["own", "nothing"] | Elsewhere = "own"
+    acts: Literal["policy", "random"] = "policy"
+    record: bool = False
+
+    def attach(self, cohort: Cohort) -> Controller:
+        return _Attached(self, cohort)
+
+
+def with_policy(policy: ControlPolicy) -> MakeController:
+    """The tuner with `policy`, attached as the README's three lines do: all controls its own, no initial loss."""
+
+    def attach(run: Training) -> Tuner:
+        tuner = Tuner(
+            policy,
+            run.optimizer,
+            model=run.model,
+            total_epochs=run.task.horizon,
+            batch_size=run.batch_sampler.batch_size,
+        )
+        tuner.follow(run.batch_sampler)
+        return tuner
+
+    return attach
+
+
+class _Attached:
+    def __init__(self, method: WithPolicy, cohort: Cohort) -> None:
+        self._method, self._cohort = method, cohort
+        task = cohort.task
+        if method.start == "given":
+            base = calibrated(task.optimizer)
+            base = replace(base, lr=base.lr * method.lr_factor)
+        else:
+            base = method.policy.header.base_schedule(task.optimizer)
+        self._base = base
+        self._loop = ControlLoop(
+            cohort.runs,
+            horizon=task.horizon,
+            base=base,
+            parameters=cohort.parameters,
+            momentum_sgd=task.optimizer == "sgd",
+            max_factor=GIVEN_FACTOR if method.start == "given" else math.inf,
+        )
+        self._moved = [name for name in method.controls if name != "dropout" or cohort.has_dropout]
+        lacking = {name: 0.0 for name in CONTROLS if name not in self._moved}
+        known = {"val_loss": cohort.initial_loss} if method.initial_loss else {}
+        self._loop.restart(range(cohort.runs), known, fixed=[lacking] * cohort.runs)
+        self._rng = np.random.default_rng(method.sees.seed if isinstance(method.sees, Elsewhere) else 0)
+        self._watches = [Watch() for _ in range(cohort.runs)]
+        self._snapshots = [cohort.snapshot(run) for run in range(cohort.runs)] if method.guard else []
+        for run, watch in enumerate(self._watches):
+            if known:
+                watch.check({"val_loss": float(cohort.initial_loss[run])})
+        self.notes: list[dict[str, Any]] = [{"guard": []} for _ in range(cohort.runs)]
+        self.values: dict[str, Array] = {}
+        self._decide()
+
+    def step(self, signals: Mapping[str, Array]) -> None:
+        losses = {name: signals[name] for name in ("train_loss", "val_loss")}
+        losses = {name: np.where(np.isfinite(values), values, np.inf) for name, values in losses.items()}
+        self._loop.record({**signals, **losses})
+        if self._method.guard:
+            for run, watch in enumerate(self._watches):
+                self._check(run, *watch.check({name: float(values[run]) for name, values in losses.items()}))
+        if self._interval < self._cohort.task.horizon:
+            self._decide()
+
+    @property
+    def _interval(self) -> int:
+        return int(self._loop.state.telemetry.interval[0])
+
+    def _check(self, run: int, verdict: str | None, improved: bool) -> None:
+        if improved:
+            self._snapshots[run] = self._cohort.snapshot(run)
+        if verdict:
+            self._cohort.restore(run, self._snapshots[run])
+            self._loop.scale_lr(run, LOWERED)
+            self.notes[run]["guard"].append(self._interval)
+
+    def _decide(self) -> None:
+        observations = self._loop.observe()
+        if self._method.acts == "random":
+            actions = self._rng.uniform(-1, 1, (self._cohort.runs, len(CONTROLS)))
+        else:
+            actions = self._method.policy.act(self._seen(observations))[0]
+        progress = np.full(self._cohort.runs, (self._interval + 0.5) / self._cohort.task.horizon)
+        base = self._base.values(progress)
+        values = self._loop.decide(actions)
+        self.values = {name: values[name] if name in self._moved else base[name] for name in CONTROLS}
+        if self._method.record:
+            for run, note in enumerate(self.notes):
+                offsets = self._loop.state.offsets[run].tolist()
+                offsets[0] = math.log(self.values["lr"][run] / base["lr"][run])  # what the guard lowered included
+                note.setdefault("observations", []).append(observations[run].tolist())
+                note.setdefault("offsets", []).append(offsets)
+
+    def _seen(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
+        sees = self._method.sees
+        if sees == "own":
+            return observations
+        if sees == "nothing":
+            return np.where(MEASURED, self._method.policy.mean.numpy(), observations)
+        assert isinstance(sees, Elsewhere)
+        chosen = [sees.runs[index] for index in self._rng.integers(len(sees.runs), size=self._cohort.runs)]
+        return np.stack([run[self._interval * len(run) // self._cohort.task.horizon] for run in chosen])
+
+
+GRID = 64
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A policy's mean trajectory, open-loop.
+
+    Attributes:
+        schedules: the base schedule of each optimizer.
+        offsets: `[runs, GRID, controls]` (or `[1, ...]` for all runs alike), in scale units, at the middles of `GRID`
+            equal parts of the run.
+    """
+
+    schedules: Mapping[str, Mapping[str, float]]
+    offsets: Array
+
+    def attach(self, runs: Runs) -> Controller:
+        return _Replayed(self, runs)
+
+
+class _Replayed:
+    def __init__(self, replay: Replay, runs: Runs) -> None:
+        self._horizon = runs.task.horizon
+        self._base = BaseSchedule(**replay.schedules[runs.task.optimizer])
+        progress = (np.arange(self._horizon) + 0.5) / self._horizon
+        offsets = np.stack([resampled(run, progress) for run in replay.offsets])
+        self._offsets = np.broadcast_to(offsets, (runs.runs, *offsets.shape[1:]))
+        self._interval = 0
+
+    @property
+    def values(self) -> dict[str, Array]:
+        interval = min(self._interval, self._horizon - 1)
+        progress = np.full(len(self._offsets), (interval + 0.5) / self._horizon)
+        return apply_offsets(self._base.values(progress), self._offsets[:, interval])
+
+    def step(self, signals: Mapping[str, Array]) -> None:
+        self._interval += 1
+
+
+def resampled(trajectory: Array, progress: Array) -> Array:
+    """A trajectory `[intervals, controls]`, given at the middles of its intervals, at other points of the run."""
+    at = (np.arange(len(trajectory)) + 0.5) / len(trajectory)
+    return np.stack([np.interp(progress, at, column) for column in np.asarray(trajectory).T], axis=1)
+
+
+def mean_trajectory(trajectories: Sequence[Array]) -> Array:
+    """Mean of trajectories of any lengths, `[GRID, controls]`."""
+    progress = (np.arange(GRID) + 0.5) / GRID
+    return np.asarray(np.mean([resampled(trajectory, progress) for trajectory in trajectories], axis=0))

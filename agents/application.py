@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -152,14 +153,15 @@ def train_cohort(task: Task, method: CohortMethod, seeds: Sequence[int], *, devi
         history.append(signals)
         for run in np.flatnonzero(signals["val_loss"] < best).tolist():
             best[run], snapshots[run] = signals["val_loss"][run], cohort.snapshot(run)
+        if len(history) == task.horizon:
+            ends = [cohort.snapshot(run) for run in range(len(seeds))]
         controller.step(signals)
+    notes = copy.deepcopy(getattr(controller, "notes", [{}] * len(seeds)))
     seconds = (time.perf_counter() - started) / len(seeds)
+    # Only now, when nothing is decided any more, does the test split come in.
     test = held_out_rows(task)
-    final = training.evaluate(test)
-    for run, snapshot in enumerate(snapshots):
-        training.restore(run, snapshot)
-    at_best = training.evaluate(test)
-    notes = getattr(controller, "notes", [{}] * len(seeds))
+    final, at_best = (_judged(training, kept, test) for kept in (ends, snapshots))
+    at_best = np.where(np.isfinite(best), at_best, np.inf)
     return [
         Run(
             seed=int(seed),
@@ -174,6 +176,12 @@ def train_cohort(task: Task, method: CohortMethod, seeds: Sequence[int], *, devi
         )
         for run, seed in enumerate(seeds)
     ]
+
+
+def _judged(training: BatchedTraining, snapshots: Sequence[Mapping[str, Tensor]], rows: Split) -> Array:
+    for run, snapshot in enumerate(snapshots):
+        training.restore(run, snapshot)
+    return training.evaluate(rows)
 
 
 def train(
@@ -193,25 +201,20 @@ def train(
         report: called after each epoch with the number of epochs done.
     """
     run = Training(task, seed, device=device)  # without the test split
-    test = held_out_rows(task)
     initial_loss = run.evaluate("val")
-    started, testing = time.perf_counter(), 0.0
+    started = time.perf_counter()
     controller = attach(run)
     train_losses: list[float] = []
     val_losses: list[float] = []
     controls: dict[str, list[float]] = {name: [] for name in CONTROLS if name in controller.hyperparameters}
-    best = math.inf
-    test_loss = final_test_loss = math.inf
+    best, at_best, final = math.inf, None, _weights(run)
     for epoch in range(task.horizon):
         for name in controls:
             controls[name].append(controller.hyperparameters[name])
         signals = run.advance()
-        if signals["val_loss"] < best or epoch == task.horizon - 1:
-            before = time.perf_counter()
-            final_test_loss = run.evaluate(test)
-            testing += time.perf_counter() - before
+        final = _weights(run)
         if signals["val_loss"] < best:
-            best, test_loss = signals["val_loss"], final_test_loss
+            best, at_best = signals["val_loss"], final
         train_losses.append(signals["train_loss"])
         val_losses.append(signals["val_loss"])
         if writer is not None:
@@ -221,8 +224,22 @@ def train(
                 writer.add_scalar(f"control/{name}", values[-1], epoch + 1)
         controller.step(train_loss=signals["train_loss"], val_loss=signals["val_loss"])
         report(epoch + 1)
-    seconds = time.perf_counter() - started - testing
+    seconds = time.perf_counter() - started
+    # Only now, and with a model that no controller has had its hands on, does the test split come in.
+    test = held_out_rows(task)
+    judge = Training(task, seed, device=device)
+    judge.model.load_state_dict(final)
+    final_test_loss = test_loss = judge.evaluate(test)
+    if at_best is not final:
+        test_loss = math.inf
+        if at_best is not None:
+            judge.model.load_state_dict(at_best)
+            test_loss = judge.evaluate(test)
     return Run(seed, initial_loss, train_losses, val_losses, controls, test_loss, final_test_loss, seconds)
+
+
+def _weights(run: Training) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,9 @@ class Cell:
     def is_search(self) -> bool:
         return isinstance(self.method, OptunaSearch | PopulationBased)
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """What the cell is known by."""
+        """What the cell is known by. It goes along to worker processes, whatever becomes of the code meanwhile."""
         version = code_version(type(self.method).__module__)
         parts = [describe(self.task), describe(self.method), list(self.seeds), version]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -209,7 +209,7 @@ def _needed(module: str) -> set[str]:
 
 
 def _code_of(source: str) -> str:
-    """`source` without comments, docstrings and formatting."""
+    """`source` without comments, docstrings and formatting, as this version of Python writes it."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):

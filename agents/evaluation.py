@@ -152,7 +152,7 @@ def evaluate(
         workers, device, report: as for `agents.cells.run_cells`.
 
     Raises:
-        ValueError: a policy that needs other signals, a package that is missing, a damaged cell.
+        ValueError: a package that is missing, a damaged cell.
     """
     named = labels(tasks)
     seeds = tuple(range(budget.seeds))
@@ -175,9 +175,11 @@ def evaluate(
             plan["start", f"calibrated {factor}", label] = _cells(task, Cosine("calibrated", factor), seeds)
             plan["start", f"cosine {factor}", label] = _cells(task, Cosine("default", factor), seeds)
         for name in budget.searches:
-            plan["search", name, label] = [Cell(task, _search(name, budget), seeds[: budget.search_seeds])]
+            searches = seeds[: budget.search_seeds]
+            plan["search", name, label] = [Cell(task, _search(name, budget), (seed,)) for seed in searches]
     # The policy's own runs come first: some controls are made from them.
-    total = sum(cell.cost for cells in (list(own.values()), *plan.values()) for cell in cells)
+    unique = {cell.key: cell for cells in (list(own.values()), *plan.values()) for cell in cells}
+    total = sum(cell.cost for cell in unique.values())
     first_report = lambda done, _, name: report(done, total, name)  # noqa: E731
     run_cells(list(own.values()), store, workers=workers, device=device, report=first_report)
     runs = {label: _runs(store.load(cell)) for label, cell in own.items()}
@@ -210,8 +212,8 @@ def evaluate(
 def ablations(policy: ControlPolicy) -> dict[str, WithPolicy]:
     """Less than the whole policy: parts of it, and what it does without eyes or without sense."""
     return {
-        **{f"{name}-only": WithPolicy(policy, controls=(name,)) for name in CONTROLS},
-        "lr-and-batch-size": WithPolicy(policy, controls=("lr", "batch_size")),
+        **{f"{name}-only": WithPolicy(policy, controls=(name,), guard=False) for name in CONTROLS},
+        "lr-and-batch-size": WithPolicy(policy, controls=("lr", "batch_size"), guard=False),
         "without-guard": WithPolicy(policy, guard=False),
         "with-initial-loss": WithPolicy(policy, initial_loss=True),
         "blanked": WithPolicy(policy, sees="nothing"),

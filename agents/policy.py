@@ -112,15 +112,18 @@ class ControlPolicy(nn.Module):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of header and weights."""
-        return _digest({"format_version": FORMAT_VERSION, **asdict(self.header)}, self.state_dict())
+        """SHA-256 of all that decides: equal for policies that differ in provenance and scores alone."""
+        header = asdict(self.header)
+        for name in ("trained_ranges", "training", "scores"):
+            del header[name]
+        return _digest(header, self.state_dict())
 
     def save(self, path: Path | str) -> None:
         """Write the policy as one safetensors file: to a temporary file beside it first, then renamed."""
         path = Path(path)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         header = {"format_version": FORMAT_VERSION, **asdict(self.header)}
-        payload = {**header, "sha256": self.digest}
+        payload = {**header, "sha256": _digest(header, tensors)}
         data = serialize(tensors, {_METADATA_KEY: json.dumps(payload)})
         write_atomically(path, data)
 

@@ -63,6 +63,8 @@ class Config:
     """Random-search trials of each task; the budget's own number when left out."""
     search_cost: int | None = None
     """Full runs that each search may spend; the budget's own number when left out."""
+    search_seeds: int | None = None
+    """Searches of each kind on each task; the budget's own number when left out."""
     horizon_factor: float = 1.0
     """Longer (or shorter) runs: a factor on every task's number of intervals."""
     width_factor: float = 1.0
@@ -151,7 +153,7 @@ def _budget(config: Config) -> Budget:
         seeds=seeds,
         bank=given.bank if config.bank is None else config.bank,
         search_cost=given.search_cost if config.search_cost is None else config.search_cost,
-        search_seeds=min(given.search_seeds, seeds),
+        search_seeds=min(given.search_seeds, seeds) if config.search_seeds is None else config.search_seeds,
     )
 
 
@@ -174,6 +176,7 @@ def _command(config: Config) -> str:
         "seeds": config.seeds,
         "bank": config.bank,
         "search-cost": config.search_cost,
+        "search-seeds": config.search_seeds,
         "horizon-factor": None if config.horizon_factor == 1 else config.horizon_factor,
         "width-factor": None if config.width_factor == 1 else config.width_factor,
         "device": None if config.device == "cpu" else config.device,

@@ -32,17 +32,17 @@ SETTINGS: dict[str, str] = {
     "warmup-stable-decay": "calibrated values but half the learning rate, warm-up over 5 % of the run, then constant, "
     "falling as 1 - sqrt in the last fifth",
     "one-cycle": "calibrated values, torch's OneCycleLR at every step with the calibrated learning rate as its maximum",
-    "schedule-free": "calibrated batch size, weight decay and dropout, AdamWScheduleFree (SGDScheduleFree) at the "
-    "package's own learning rate, warm-up over 5 % of the steps",
+    "schedule-free": "calibrated values, AdamWScheduleFree at the calibrated learning rate (SGDScheduleFree at ten "
+    "times it), warm-up over 5 % of the steps",
     "prodigy": "calibrated batch size and dropout, AdamW's calibrated weight decay, Prodigy at learning rate 1 with "
     "use_bias_correction and safeguard_warmup, cosine annealing at every step",
     "hypergradient": "default values, hypergradient descent on the learning rate at every step: Adam-HD with beta 1e-7 "
     "(SGD-HD with 1e-3)",
     **{
-        f"{name}-only": f"the policy moves the {words} alone, the rest is as in `calibrated`"
+        f"{name}-only": f"the policy moves the {words} alone, without the guard, the rest is as in `calibrated`"
         for name, words in _WORDS.items()
     },
-    "lr-and-batch-size": "the policy moves these two, the rest is as in `calibrated`",
+    "lr-and-batch-size": "the policy moves these two, without the guard, the rest is as in `calibrated`",
     "blanked": "the policy with every measured feature at its mean in meta-training",
     "shuffled": "the policy, shown at each decision what it saw at that progress in a random run of another task",
     "random-actions": "uniformly random actions within the policy's bounds",

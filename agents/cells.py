@@ -86,10 +86,14 @@ class Store:
 
     Args:
         folder: made if need be; may be shared between evaluations and processes.
+
+    Attributes:
+        origins: where and with what the cells loaded so far were computed, each once.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.origins: list[dict[str, Any]] = []
 
     def path(self, cell: Cell) -> Path:
         return self.folder / f"{cell.task.name.replace('/', '-')}-{type(cell.method).__name__}-{cell.key[:24]}.json"
@@ -105,10 +109,14 @@ class Store:
         """
         path = self.path(cell)
         try:
-            results = json.loads(path.read_text())["results"]
-            return [(Searched if cell.is_search else Run).from_dict(result) for result in results]  # type: ignore[return-value]
+            record = json.loads(path.read_text())
+            origin = record["provenance"]
+            results = [(Searched if cell.is_search else Run).from_dict(result) for result in record["results"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it, and it will be computed anew") from error
+        if origin not in self.origins:
+            self.origins.append(origin)
+        return results  # type: ignore[return-value]
 
     def save(self, cell: Cell, results: Result, device: str) -> None:
         record = {

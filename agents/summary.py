@@ -64,6 +64,7 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
     summary["against"] = against
     summary["against_searches"] = _against_searches(evaluation)
     summary["pays_for_itself_after_runs"] = _pays_after(evaluation, summary["rse_median"])
+    summary["training_seconds"] = _training_seconds(evaluation)
     return {"tasks": tasks, "summary": summary}
 
 
@@ -221,6 +222,18 @@ def _pays_after(evaluation: Evaluation, rse: float) -> float | None:
     spent = evaluation.policy.header.training.get("seconds")
     saved = np.mean([(rse - 1) * np.mean([run.seconds for run in bank]) for bank in evaluation.banks.values()])
     return float(spent / saved) if spent and saved > 0 else None
+
+
+def _training_seconds(evaluation: Evaluation) -> float:
+    """What all of it took on one core: methods, banks, budgets, starts and searches."""
+    groups = [runs for by_label in evaluation.runs.values() for runs in by_label.values()]
+    groups += list(evaluation.banks.values())
+    groups += [runs for by_multiple in evaluation.budgets.values() for runs in by_multiple.values()]
+    groups += [
+        runs for starts in evaluation.starts.values() for by_factor in starts.values() for runs in by_factor.values()
+    ]
+    searches = [search for found in evaluation.searches.values() for group in found.values() for search in group]
+    return sum(run.seconds for runs in groups for run in runs) + sum(search.seconds for search in searches)
 
 
 def _interval(name: str, interval: Interval) -> dict[str, Any]:

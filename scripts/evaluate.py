@@ -12,7 +12,6 @@ from typing import Any, Literal
 from agents.cells import Store
 from agents.evaluation import BUDGETS, SPLITS, Budget, Evaluation, evaluate, scaled
 from agents.policy import ControlPolicy
-from agents.provenance import provenance
 from agents.schedules import optional
 from agents.searches import publish
 from agents.summary import summarize
@@ -108,14 +107,14 @@ def main(config: Config) -> None:
         )
     result = summarize(evaluation)
     result["provenance"] = {
-        **provenance(config.device),
+        "computed_on": store.origins,
         "policy": policy.digest,
         "trained": policy.header.training,
         "split": config.split,
         "budget": asdict(budget),
         "tasks": {label: repr(task) for label, task in evaluation.tasks.items()},
         "command": _command(config),
-        "wall_seconds": time.perf_counter() - started,
+        "seconds_of_this_call": time.perf_counter() - started,
     }
     for table in overview(result):
         console.print(table)

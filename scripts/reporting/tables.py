@@ -124,7 +124,7 @@ def markdown(result: Mapping[str, Any], provenance: Mapping[str, Any], budget: B
 
     Args:
         result: as for `overview`.
-        provenance: where and with what it was computed, such as `agents.cells.provenance`.
+        provenance: where and with what it was computed, as in the JSON.
         budget: what was run.
     """
     shared = _shared(result, measures=("val", "test", "val_best"), by_seed=True)
@@ -396,7 +396,9 @@ def _times(value: float, interval: Sequence[float] = ()) -> str:
 
 
 def _listed(value: Any) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_listed(entry)}" for name, entry in value.items())
+    return ", ".join(map(_listed, value)) or "none" if isinstance(value, list | tuple) else str(value)
 
 
 def _pairs(name: str, values: Mapping[str, str]) -> str:

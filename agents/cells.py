@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from .searches import OptunaSearch, Searched
 
 _ROOT = Path(__file__).parents[1]
 
+_PACKAGES = {"searches": ("optuna",)}
+"""Packages that decide what the methods of a module do."""
+
 Result = list[Run] | list[Searched]
 
 
@@ -41,7 +45,7 @@ class Cell:
     """One method on one task.
 
     Attributes:
-        method: runs as a cohort if it has `attach`, is a search if it has `run`, and trains in plain PyTorch otherwise.
+        method: a search, what runs as a cohort (it has `attach`), or what attaches to a torch run.
         seeds: one run (or search) each.
     """
 
@@ -202,6 +206,8 @@ def code_version(module: str) -> str:
     for path in paths:
         digest.update(path.name.encode() + _code_of(path.read_text()).encode())
     digest.update((_ROOT / "hpo_env" / CALIBRATION_FILE).read_bytes())
+    for package in _PACKAGES.get(module.rpartition(".")[2], ()):
+        digest.update(f"{package} {metadata.version(package)}".encode())
     return digest.hexdigest()
 
 

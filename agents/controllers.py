@@ -55,8 +55,8 @@ class WithPolicy:
         start: as in `Tuner`; with `given`, the user's own values are the calibrated ones.
         lr_factor: with `given`, a factor on the user's learning rate.
         initial_loss: whether the validation loss before training is told.
-        sees: its own run; nothing measured (those features stand at the mean of its meta-training); or at every
-            decision another run's observation, drawn anew, at the same progress.
+        sees: its own run; nothing measured (after the first decision, those features stand at the mean of its
+            meta-training); or, in their place, those of another run at the same progress, drawn anew at every decision.
         acts: as the policy says, or uniformly at random.
         record: write observations and offsets down in the runs' notes.
     """
@@ -164,14 +164,15 @@ class _Attached:
                 note.setdefault("offsets", []).append(offsets)
 
     def _seen(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
-        sees = self._method.sees
-        if sees == "own":
+        sees, method = self._method.sees, self._method
+        if sees == "own" or not self._interval:  # nothing is measured yet
             return observations
         if sees == "nothing":
-            return np.where(MEASURED, self._method.policy.mean.numpy(), observations)
+            return np.where(MEASURED, method.policy.mean.numpy(), observations)
         assert isinstance(sees, Elsewhere)
         chosen = [sees.runs[index] for index in self._rng.integers(len(sees.runs), size=self._cohort.runs)]
-        return np.stack([run[self._interval * len(run) // self._cohort.task.horizon] for run in chosen])
+        others = np.stack([run[self._interval * len(run) // self._cohort.task.horizon] for run in chosen])
+        return np.where(MEASURED, others, observations)
 
 
 GRID = 64

@@ -71,13 +71,49 @@ def expected_at_best(losses: ArrayLike, values: ArrayLike) -> Array:
 
 
 def random_search_equivalents(bank: ArrayLike, loss: float) -> int:
-    """The smallest n, of 1 .. N, whose expected best of n random trials, out of `bank` `[N]`, is no worse than `loss`.
+    """The smallest n whose expected best of n random trials is no worse than `loss`.
 
-    N is a cap: it also stands for a loss below everything in the bank.
+    Args:
+        bank: losses of the random trials, `[N]`.
+        loss: of the run to judge.
+
+    Returns:
+        1 .. N. N is a cap: it also stands for a loss below everything in the bank.
     """
-    own = float(_checked("loss", loss, 0))
-    reached = expected_best(bank) <= own + ROUNDING * abs(own)
+    return trials_to_reach(expected_best(bank), loss)
+
+
+def trials_to_reach(expected: ArrayLike, loss: float) -> int:
+    """The smallest n of which `expected`, as from `expected_best` or `expected_at_best`, is no worse than `loss`.
+
+    Args:
+        expected: `[N]`, entry n - 1 for n trials.
+
+    Returns:
+        1 .. N, and N also where none is.
+    """
+    own, curve = float(_checked("loss", loss, 0)), _checked("expected", expected, 1)
+    reached = curve <= own + ROUNDING * abs(own)
     return int(reached.argmax()) + 1 if reached.any() else len(reached)
+
+
+def equivalents_interval(bank: ArrayLike, losses: ArrayLike, resamples: int = 300, seed: int = 0) -> Interval:
+    """`random_search_equivalents` of the mean of `losses`, with its 95 % bootstrap percentile interval.
+
+    Args:
+        bank: `[N]`, at least 2; resampled, for another search would have drawn other trials.
+        losses: of the run to judge, `[seeds]`, at least 2; resampled too.
+    """
+
+    def statistic(trials: Array, runs: Array) -> float:
+        return float(random_search_equivalents(trials, float(runs.mean())))
+
+    data = (_checked("bank", bank, 1), _checked("losses", losses, 1))
+    ends = bootstrap(
+        data, statistic, n_resamples=resamples, vectorized=False, method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return Interval(statistic(*data), float(ends.low), float(ends.high))
 
 
 def speedup(multiples: ArrayLike, baseline: ArrayLike, loss: float) -> float:

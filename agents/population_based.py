@@ -68,7 +68,7 @@ class PopulationBased:
             Population(training, range(start, start + self.population), seed)
             for start, seed in zip(range(0, training.replicas, self.population), seeds, strict=True)
         ]
-        every = max(1, task.horizon // 10)
+        every = math.ceil(task.horizon / 10)
         for interval in range(task.horizon):
             if interval and not interval % every:
                 for population in populations:

@@ -12,24 +12,29 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpo_env.hyperparameters import Array
+from hpo_env.rewards import CEILING
 
 from .application import Run
 from .evaluation import FACTORS, Evaluation
 from .measures import (
+    LOSS_FLOOR,
     Interval,
     capped,
+    equivalents_interval,
     expected_at_best,
-    expected_best,
     interquartile_mean,
     log_ratio,
     mean,
     random_search_equivalents,
     speedup,
+    trials_to_reach,
     win_rate,
     worst_decile,
 )
+from .presets import PRESETS
 from .searches import Searched
 
 MEASURES = ("val", "test")
@@ -42,12 +47,17 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
     """All figures, as JSON has them: `tasks` one by one and the `summary` over them."""
     tasks = {label: _task(evaluation, label) for label in evaluation.tasks}
     methods = [name for name in evaluation.runs if name != "policy"]
+    speedups = interquartile_mean([np.log(task["speedup"]) for task in tasks.values()])
     summary: dict[str, Any] = {
         "rse_median": float(np.median([task["rse"] for task in tasks.values()])),
         "rse_by_task": {label: task["rse"] for label, task in tasks.items()},
         "rse_calibrated_by_task": {label: task["rse_calibrated"] for label, task in tasks.items()},
+        "rse_test_median": float(np.median([task["rse_test"] for task in tasks.values()])),
+        "rse_best_val_median": float(np.median([task["rse_best_val"] for task in tasks.values()])),
         "rse_cap": evaluation.budget.bank,
-        **_interval("speedup", interquartile_mean([task["speedup"] for task in tasks.values()])),
+        "speedup_iqm": math.exp(speedups.value),
+        "speedup_ci": [math.exp(speedups.low), math.exp(speedups.high)],
+        "speedup_at_an_end": float(np.mean([task["speedup_at_an_end"] for task in tasks.values()])),
     }
     against = {name: _against(evaluation, name) for name in methods}
     reference = against[REFERENCE]
@@ -63,8 +73,7 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
     summary["bad_start_failures"] = _bad_starts(evaluation)
     summary["against"] = against
     summary["against_searches"] = _against_searches(evaluation)
-    summary["pays_for_itself_after_runs"] = _pays_after(evaluation, summary["rse_median"])
-    summary["training_seconds"] = _training_seconds(evaluation)
+    summary["pays_for_itself_after_runs"] = _pays_after(evaluation, tasks)
     return {"tasks": tasks, "summary": summary}
 
 
@@ -99,19 +108,33 @@ def search_losses(searches: list[Searched], cost: float, measure: str) -> Array:
 
 
 def _task(evaluation: Evaluation, label: str) -> dict[str, Any]:
-    bank = losses(evaluation.banks[label], "val")
+    trials = evaluation.banks[label]
+    bank = losses(trials, "val")
     runs = {name: by_label[label] for name, by_label in evaluation.runs.items()}
     own = losses(runs["policy"], "val")
     multiples = sorted(evaluation.budgets[label])
-    calibrated = np.array([losses(evaluation.budgets[label][multiple], "val") for multiple in multiples])
-    expected = {"val": expected_best(bank), "test": expected_at_best(bank, losses(evaluation.banks[label], "test"))}
+    # One curve for all seeds: that of a single seed hardly falls where noise is larger than what a budget gains.
+    curve = [_geometric_mean(losses(evaluation.budgets[label][multiple], "val")) for multiple in multiples]
+    speedups = [speedup(multiples, curve, loss) for loss in own.tolist()]
+    expected = {measure: _expected(evaluation, label, measure) for measure in MEASURES}
+    equivalents = equivalents_interval(bank, own)
     costs = [cost for cost in COSTS if cost <= len(bank)]
     return {
         "horizon": evaluation.tasks[label].horizon,
-        "rse": random_search_equivalents(bank, float(own.mean())),
+        "rse": int(equivalents.value),
+        "rse_ci": [equivalents.low, equivalents.high],
+        "rse_test": trials_to_reach(
+            expected_at_best(bank, losses(evaluation.banks[label], "test")),
+            float(losses(runs["policy"], "test").mean()),
+        ),
+        "rse_best_val": random_search_equivalents(
+            losses(evaluation.banks[label], "val_best"), float(losses(runs["policy"], "val_best").mean())
+        ),
         "rse_by_seed": [random_search_equivalents(bank, loss) for loss in own.tolist()],
         "rse_calibrated": random_search_equivalents(bank, float(losses(runs[REFERENCE], "val").mean())),
-        "speedup": [speedup(multiples, column, loss) for column, loss in zip(calibrated.T, own.tolist(), strict=True)],
+        "speedup": speedups,
+        "speedup_at_an_end": float(np.mean([value in (multiples[0], multiples[-1]) for value in speedups])),
+        "calibrated_by_budget": {str(multiple): loss for multiple, loss in zip(multiples, curve, strict=True)},
         "methods": {name: _method(runs[name], runs["policy"]) for name in runs},
         "random_search": {
             str(cost): {measure: float(values[cost - 1]) for measure, values in expected.items()} for cost in costs
@@ -136,7 +159,7 @@ def _method(runs: list[Run], policy: list[Run]) -> dict[str, Any]:
         measure: losses(runs, measure).tolist() for measure in ("val", "val_best", "test", "test_final")
     }
     figures["seconds"] = float(np.mean([run.seconds for run in runs]))
-    figures["lost"] = sum(not math.isfinite(run.val_loss[-1]) for run in runs)
+    figures["lost"] = int(_lost(runs).sum())
     if runs is not policy:
         for measure in MEASURES:
             ratio = mean([log_ratio(losses(runs, measure), losses(policy, measure))])
@@ -147,7 +170,7 @@ def _method(runs: list[Run], policy: list[Run]) -> dict[str, Any]:
 def _against(evaluation: Evaluation, name: str) -> dict[str, Any]:
     """The policy against a method, over all tasks and seeds."""
     figures: dict[str, Any] = {}
-    for measure in (*MEASURES, "val_best"):
+    for measure in (*MEASURES, "val_best", "test_final"):
         by_task = ratios(evaluation, name, measure)
         figures |= _interval(f"{measure}_log_ratio", interquartile_mean(by_task))
         prefix = "" if measure == "val" else f"{measure}_"
@@ -163,10 +186,13 @@ def _against_searches(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     for cost in (cost for cost in COSTS if cost <= evaluation.budget.bank):
         figures: dict[str, Any] = {}
         for measure in MEASURES:
-            by_task = []
-            for label, bank in evaluation.banks.items():
-                expected = expected_at_best(losses(bank, "val"), losses(bank, measure))[cost - 1]
-                by_task.append(log_ratio(np.full(evaluation.budget.seeds, expected), own[measure][label]))
+            by_task = [
+                log_ratio(
+                    np.full(evaluation.budget.seeds, _expected(evaluation, label, measure)[cost - 1]),
+                    own[measure][label],
+                )
+                for label in evaluation.tasks
+            ]
             figures |= _interval(f"{measure}_log_ratio", interquartile_mean(by_task))
         table["random"][str(cost)] = figures
     for name in evaluation.budget.searches:
@@ -191,49 +217,64 @@ def _costs(searches: list[Searched]) -> list[int]:
     return [cost for cost in reached if np.isfinite(search_losses(searches, cost, "test")).all()]
 
 
+def _expected(evaluation: Evaluation, label: str, measure: str) -> Array:
+    """What n trials of the bank find in expectation, `[N]`: geometric means, as the other searches' ratios are means of
+    logarithms."""
+    bank = evaluation.banks[label]
+    logs = np.log(np.maximum(losses(bank, measure), LOSS_FLOOR))
+    return np.exp(expected_at_best(losses(bank, "val"), logs))
+
+
+def _geometric_mean(values: Array) -> float:
+    return float(np.exp(np.log(np.maximum(values, LOSS_FLOOR)).mean()))
+
+
 def _bad_starts(evaluation: Evaluation) -> dict[str, Any]:
-    """Share of runs that diverge or end worse than the calibrated schedule does from its own, good start."""
-    failures: dict[str, list[bool]] = {"policy_given": [], "calibrated": [], "cosine": []}
-    by_factor: dict[str, dict[str, list[bool]]] = {name: {str(f): [] for f in FACTORS} for name in failures}
-    own = []
+    """Share of runs that are lost or end worse than the calibrated schedule does from its own, good start."""
+    # Tuners and optimizers that choose absolute rates do not read the user's: one run stands for all its starts.
+    blind = [name for name in ("policy", "prodigy") if name in evaluation.runs]
+    failures: dict[str, list[bool]] = {name: [] for name in (*blind, "policy_given", "calibrated", "cosine")}
+    by_factor: dict[str, dict[str, list[bool]]] = {
+        name: {str(f): [] for f in FACTORS} for name in failures if name not in blind
+    }
     for label in evaluation.tasks:
         bar = losses(evaluation.runs[REFERENCE][label], "val")
-        # A tuner that chooses absolute values does not read the user's rate: one run stands for all its starts.
-        own += _failed(evaluation.runs["policy"][label], bar)
-        for name, starts in evaluation.starts[label].items():
-            key = "policy_given" if name == "policy" else name
+        for name in blind:
+            failures[name] += _failed(evaluation.runs[name][label], bar)
+        for starter, starts in evaluation.starts[label].items():
+            key = "policy_given" if starter == "policy" else starter
             for factor, runs in starts.items():
                 failed = _failed(runs, bar)
                 failures[key] += failed
                 by_factor[key][str(factor)] += failed
-    shares = {"policy": float(np.mean(own))} | {name: float(np.mean(values)) for name, values in failures.items()}
+    shares = {name: float(np.mean(values)) for name, values in failures.items()}
     detail = {name: {f: float(np.mean(values)) for f, values in table.items()} for name, table in by_factor.items()}
     return shares | {"by_factor": detail}
 
 
 def _failed(runs: list[Run], bar: Array) -> list[bool]:
-    lost = np.array([not math.isfinite(run.val_loss[-1]) for run in runs])
     worse = losses(runs, "val") > bar * (1 + 1e-9)
-    return [bool(failed) for failed in lost | worse]
+    return [bool(failed) for failed in _lost(runs) | worse]
 
 
-def _pays_after(evaluation: Evaluation, rse: float) -> float | None:
-    """Runs after which meta-training has paid for itself in time: each saves `rse` - 1 trials of random search."""
-    spent = evaluation.policy.header.training.get("seconds")
-    saved = np.mean([(rse - 1) * np.mean([run.seconds for run in bank]) for bank in evaluation.banks.values()])
+def _lost(runs: list[Run]) -> NDArray[np.bool_]:
+    """Whose final loss is capped."""
+    return np.array([not run.val_loss[-1] <= CEILING * run.initial_loss for run in runs])
+
+
+def _pays_after(evaluation: Evaluation, tasks: dict[str, Any]) -> float | None:
+    """Runs after which meta-training has paid for itself in time on one core: each saves the trials of random search
+    that the policy is worth beyond those that the calibrated schedule, which costs nothing more, is worth."""
+    training = evaluation.policy.header.training
+    preset = PRESETS.get(training.get("preset", ""))
+    spent = training.get("seconds", 0.0) * (preset.workers if preset else 1)
+    saved = np.mean(
+        [
+            (task["rse"] - task["rse_calibrated"]) * np.mean([run.seconds for run in evaluation.banks[label]])
+            for label, task in tasks.items()
+        ]
+    )
     return float(spent / saved) if spent and saved > 0 else None
-
-
-def _training_seconds(evaluation: Evaluation) -> float:
-    """What all of it took on one core: methods, banks, budgets, starts and searches."""
-    groups = [runs for by_label in evaluation.runs.values() for runs in by_label.values()]
-    groups += list(evaluation.banks.values())
-    groups += [runs for by_multiple in evaluation.budgets.values() for runs in by_multiple.values()]
-    groups += [
-        runs for starts in evaluation.starts.values() for by_factor in starts.values() for runs in by_factor.values()
-    ]
-    searches = [search for found in evaluation.searches.values() for group in found.values() for search in group]
-    return sum(run.seconds for runs in groups for run in runs) + sum(search.seconds for search in searches)
 
 
 def _interval(name: str, interval: Interval) -> dict[str, Any]:

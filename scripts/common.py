@@ -34,7 +34,7 @@ def run_main(config: type[Config], main: Callable[[Config], None]) -> None:
     """Parse the command line into `config` and call `main`; bad input exits with 2, an interruption with 130."""
     try:
         main(tyro.cli(config))
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

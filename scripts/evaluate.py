@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -16,6 +17,7 @@ from agents.schedules import optional
 from agents.searches import publish
 from agents.summary import summarize
 from agents.tuner import pretrained_path
+from inner_models.splits import META_TRAIN, datasets_of
 from inner_models.tasks import Task
 from scripts.common import (
     check_device,
@@ -92,6 +94,9 @@ def main(config: Config) -> None:
     for package in ("matplotlib", "schedulefree", "prodigyopt", *(("optuna", "cmaes") if budget.searches else ())):
         optional(package)  # rather now than after hours
     policy = ControlPolicy.load(config.policy or pretrained_path())
+    seen = sorted({task.dataset for task in tasks} & datasets_of(META_TRAIN))
+    if seen:
+        console.print(f"note: {', '.join(seen)} may have been trained on: part of meta-train", soft_wrap=True)
     check_out(config.out)
     store = Store(config.cache or default_cache())
     started = time.perf_counter()
@@ -122,8 +127,7 @@ def main(config: Config) -> None:
 
 
 def _write(config: Config, evaluation: Evaluation, result: dict[str, Any]) -> None:
-    """Everything that is left behind."""
-    write_config(config.out, "evaluate", config)
+    """Everything that is left behind; the config comes last, and marks the folder as done."""
     tables = markdown(result, result["provenance"], evaluation.budget)
     for path in filter(None, (config.out / "result.json", config.json)):
         write_json(path, result)
@@ -137,7 +141,10 @@ def _write(config: Config, evaluation: Evaluation, result: dict[str, Any]) -> No
     storage = config.storage or f"sqlite:///{config.out / 'studies.db'}"
     for label, found in evaluation.searches.items():
         for name, searches in found.items():
-            publish(searches, storage, f"{label}/{name}")
+            settings = repr((evaluation.tasks[label], evaluation.budget))  # lest others' studies be mixed in
+            version = hashlib.sha256(settings.encode()).hexdigest()[:8]
+            publish(searches, storage, f"{label}/{name}/{version}")
+    write_config(config.out, "evaluate", config)
     console.print(f"figures, tables and curves are in {config.out}", soft_wrap=True)
     console.print(tensorboard_hint(config.out / "tensorboard"), soft_wrap=True)
     if evaluation.budget.searches:
@@ -164,7 +171,7 @@ def _tasks(config: Config) -> list[Task]:
     for name in config.tasks:
         known = [task for task in split if name in (task.name, task.dataset)]
         chosen += known or [Task.named(name)]
-    return chosen
+    return list(dict.fromkeys(chosen))
 
 
 def _command(config: Config) -> str:

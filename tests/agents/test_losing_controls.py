@@ -61,15 +61,17 @@ def test_measured_features() -> None:
     }
 
 
-def test_a_blanked_policy_sees_progress_alone() -> None:
+def test_a_blanked_policy_sees_nothing_that_is_measured() -> None:
     policy = Spy()
     policy.mean.copy_(torch.linspace(-1, 1, len(FEATURES)))
     sighted, blanked = (
         train_cohort(TASK, WithPolicy(policy, sees=sees, guard=False), [0, 1]) for sees in ("own", "nothing")
     )
     shown = policy.shown[TASK.horizon :]
+    np.testing.assert_array_equal(shown[0], policy.shown[0])  # nothing is measured yet
     for interval, rows in enumerate(shown):
-        np.testing.assert_array_equal(rows[:, MEASURED], np.tile(policy.mean.numpy()[MEASURED], (2, 1)))
+        if interval:
+            np.testing.assert_array_equal(rows[:, MEASURED], np.tile(policy.mean.numpy()[MEASURED], (2, 1)))
         assert rows[:, [f.name for f in FEATURES].index("progress")].tolist() == pytest.approx([interval / 5] * 2)
     assert sighted[0].controls != sighted[1].controls
     assert blanked[0].controls == blanked[1].controls
@@ -85,16 +87,19 @@ def test_elsewhere_is_another_run_at_the_same_progress() -> None:
         for number, length in enumerate(lengths)
     )
     at = [[0, 1, 2, 3, 4], [0, 2, 4, 6, 8], [0, 0, 0, 1, 1]]  # decision of each that is as far as ours of 5
-    policy = Spy()
+    policy, column = Spy(), int(np.flatnonzero(MEASURED)[0])
     drawn = []
     for seed in (0, 0, 1):
         policy.shown.clear()
         train_cohort(TASK, WithPolicy(policy, sees=Elsewhere(others, seed)), [0, 1, 2, 3])
         assert len(policy.shown) == TASK.horizon
-        drawn.append(np.array([rows[:, 0].astype(int) for rows in policy.shown]))
-        for interval, rows in enumerate(policy.shown):
-            expected = [number + at[number][interval] / 100 for number in drawn[-1][interval]]
-            np.testing.assert_allclose(rows, np.tile(np.array(expected)[:, None], len(FEATURES)), rtol=1e-6)
+        assert (policy.shown[0][:, MEASURED] == 0).all()  # before training
+        drawn.append(np.array([rows[:, column].astype(int) for rows in policy.shown[1:]]))
+        for interval, rows in enumerate(policy.shown[1:], start=1):
+            expected = [number + at[number][interval] / 100 for number in drawn[-1][interval - 1]]
+            wanted = np.tile(np.array(expected)[:, None], int(MEASURED.sum()))
+            np.testing.assert_allclose(rows[:, MEASURED], wanted, rtol=1e-6)
+            assert rows[:, 0].tolist() == pytest.approx([interval / TASK.horizon] * 4)  # its own, as all that is known
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert (drawn[0] != drawn[2]).any()
     assert set(drawn[0].flat) == {0, 1, 2}

@@ -114,7 +114,7 @@ def test_schedule_free_settings(optimizer: OptimizerName) -> None:
     controller = ScheduleFree()(run)
     decayed, others = run.optimizer.param_groups
     assert type(run.optimizer) is (package.AdamWScheduleFree if optimizer == "adamw" else package.SGDScheduleFree)
-    assert decayed["lr"] == others["lr"] == (0.0025 if optimizer == "adamw" else 1.0)  # the package's own
+    assert decayed["lr"] == others["lr"] == base.lr * (1 if optimizer == "adamw" else 10)
     assert (decayed["weight_decay"], others["weight_decay"]) == (base.weight_decay, 0)
     assert decayed["warmup_steps"] == others["warmup_steps"] == 8  # of 40 intervals of 4 steps
     assert controller.hyperparameters["batch_size"] == base.batch_size

@@ -93,11 +93,13 @@ def test_bad_starts_by_hand() -> None:
 
 def test_when_meta_training_has_paid_for_itself() -> None:
     own = {"a": runs(0.25, 0.25), "b": runs(0.5, 0.5)}
-    found = summarize(evaluation(own, lambda _: runs(0.5, 0.25, 1, 1), training={"seconds": 60.0}))["summary"]
+    worse = {"calibrated": lambda _: runs(2, 2)}  # worth one trial
+    made = evaluation(own, lambda _: runs(0.5, 0.25, 1, 1), worse, training={"seconds": 60.0})
+    found = summarize(made)["summary"]
     # On b, the expected best of one trial is 0.6875, of two (3 x 0.25 + 2 x 0.5 + 1) / 6.
     assert found["rse_by_task"] == {"a": 4, "b": 2}
     assert found["rse_median"] == 3.0
-    assert found["pays_for_itself_after_runs"] == pytest.approx(60 / (2 * 2))  # trials of 2 seconds
+    assert found["pays_for_itself_after_runs"] == pytest.approx(60 / ((3 + 1) / 2 * 2))  # trials of 2 seconds
 
 
 # -- searches ----------------------------------------------------------------------------------------------------------
@@ -130,9 +132,9 @@ def test_searches_in_the_table() -> None:
     bank = [run(0.5, test=0.9), run(1.0, test=0.6), run(2.0, test=0.3), run(2.0, test=0.3)]
     found = summarize(evaluation(own, lambda _: bank, searches=searches))
     table = found["tasks"]["a"]
-    # Of the six pairs, three have the best trial, two the second, and one neither.
-    assert table["random_search"]["2"]["val"] == pytest.approx((3 * 0.5 + 2 * 1 + 2) / 6)
-    assert table["random_search"]["2"]["test"] == pytest.approx((3 * 0.9 + 2 * 0.6 + 0.3) / 6)
+    # Of the six pairs, three have the best trial, two the second, and one neither; means are geometric.
+    assert table["random_search"]["2"]["val"] == pytest.approx((0.5**3 * 1**2 * 2) ** (1 / 6))
+    assert table["random_search"]["2"]["test"] == pytest.approx((0.9**3 * 0.6**2 * 0.3) ** (1 / 6))
     assert table["random_search"]["4"] == pytest.approx({"val": 0.5, "test": 0.9})
     assert table["searches"]["tpe"] == {
         "2": {"val": [1.0], "test": [2.0]},

@@ -87,7 +87,8 @@ def test_what_it_leaves_behind(door: Door, policy: Path, tmp_path: Path) -> None
     events.Reload()
     assert [event.step for event in events.Scalars("inner/val_loss")] == [1, 2, 3]
     studies = optuna.get_all_study_names(f"sqlite:///{out / 'studies.db'}")
-    assert sorted(studies) == sorted(f"{task}/tpe/seed{seed}" for task in result["tasks"] for seed in (0, 1))
+    named = {(*name.rsplit("/", 3)[:2], name.rsplit("/", 1)[1]) for name in studies}
+    assert named == {(task, "tpe", f"seed{seed}") for task in result["tasks"] for seed in (0, 1)}
 
 
 def test_nothing_is_run_twice(door: Door, policy: Path, tmp_path: Path, computed: list[Cell]) -> None:
@@ -123,7 +124,8 @@ def test_it_goes_on_after_an_interruption(
 
 
 def test_longer_runs_of_larger_models(door: Door, policy: Path, tmp_path: Path, computed: list[Cell]) -> None:
-    judge(door, policy, tmp_path / "a", "--tasks", "wine", "--horizon-factor", 2, "--width-factor", 2)
+    scale = ("--horizon-factor", 2, "--width-factor", 2)
+    judge(door, policy, tmp_path / "a", "--tasks", "wine", "wine/mlp", *scale)  # the same task, named twice
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert result["tasks"]["wine/mlp"]["horizon"] == 6
     assert {cell.task.model.width for cell in computed} == {2 * TASKS[0].model.width}
@@ -141,11 +143,17 @@ def test_longer_runs_of_larger_models(door: Door, policy: Path, tmp_path: Path, 
         (["--horizon-factor", "0"], ["horizon-factor", "0"]),
         (["--width-factor", "nan"], ["width-factor", "nan"]),
         (["--workers", "0"], ["workers", "0"]),
+        (["--search-seeds", "3"], ["search_seeds", "3"]),
     ],
 )
 def test_bad_input(door: Door, policy: Path, tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
     one_line(judge(door, policy, tmp_path / "out", *arguments, status=2), *parts)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_that_is_a_file(door: Door, policy: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    one_line(judge(door, policy, tmp_path / "out", "--cache", tmp_path / "file", status=2), str(tmp_path / "file"))
 
 
 def test_a_folder_that_holds_a_run(door: Door, policy: Path, tmp_path: Path, computed: list[Cell]) -> None:

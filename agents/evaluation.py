@@ -5,9 +5,9 @@ All methods meet the same seeds: equal initial weights, data order and dropout m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from inner_models.tasks import Task
 
 from .application import Run
 from .calibration import RandomTrials
-from .cells import Cell, Result, Store, run_cells
+from .cells import Cell, Store, run_cells
 from .controllers import Elsewhere, Replay, WithPolicy, mean_trajectory
 from .policy import ControlPolicy
 from .population_based import PopulationBased
@@ -93,8 +93,6 @@ BUDGETS: dict[str, Budget] = {
 }
 """`quick`: all but the searches. `full`: everything."""
 
-Kind = Literal["run", "bank", "budget", "start", "search"]
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -156,57 +154,76 @@ def evaluate(
     """
     named = labels(tasks)
     seeds = tuple(range(budget.seeds))
-    own = {label: Cell(task, WithPolicy(policy, record=True), seeds) for label, task in named.items()}
-    plan: dict[tuple[Kind, str, str], list[Cell]] = {}
-    for label, task in named.items():
-        for name, method in {**BASELINES, **ablations(policy)}.items():
-            plan["run", name, label] = _cells(task, method, seeds)
-        first = [(start, min(_CHUNK, budget.bank - start)) for start in range(0, budget.bank, _CHUNK)]
-        # Trial i trains with seed i modulo the seeds of a full evaluation, whatever this one's are.
-        plan["bank", "", label] = [
-            Cell(task, RandomTrials(start, count), tuple(trial % Budget.seeds for trial in range(start, start + count)))
-            for start, count in first
-        ]
-        for multiple in budget.multiples:
-            plan["budget", str(multiple), label] = _cells(scaled(task, horizon=multiple), Cosine("calibrated"), seeds)
-        for factor in FACTORS:
-            given = WithPolicy(policy, start="given", lr_factor=factor)
-            plan["start", f"policy {factor}", label] = _cells(task, given, seeds)
-            plan["start", f"calibrated {factor}", label] = _cells(task, Cosine("calibrated", factor), seeds)
-            plan["start", f"cosine {factor}", label] = _cells(task, Cosine("default", factor), seeds)
-        for name in budget.searches:
-            searches = seeds[: budget.search_seeds]
-            plan["search", name, label] = [Cell(task, _search(name, budget), (seed,)) for seed in searches]
+    own = {label: [Cell(task, WithPolicy(policy, record=True), seeds)] for label, task in named.items()}
+    runs = {
+        name: {label: _cells(task, method, seeds) for label, task in named.items()} for name, method in methods.items()
+    }
+    banks = {label: _bank(task, budget.bank) for label, task in named.items()}
+    budgets = {
+        label: {m: _cells(scaled(task, horizon=m), Cosine("calibrated"), seeds) for m in budget.multiples}
+        for label, task in named.items()
+    }
+    starters: dict[str, Callable[[float], Any]] = {
+        "policy": lambda factor: WithPolicy(policy, start="given", lr_factor=factor),
+        "calibrated": lambda factor: Cosine("calibrated", factor),
+        "cosine": lambda factor: Cosine("default", factor),
+    }
+    starts = {
+        label: {name: {f: _cells(task, of(f), seeds) for f in FACTORS} for name, of in starters.items()}
+        for label, task in named.items()
+    }
+    searches = {
+        label: {
+            name: [Cell(task, _search(name, budget), (seed,)) for seed in seeds[: budget.search_seeds]]
+            for name in budget.searches
+        }
+        for label, task in named.items()
+    }
     # The policy's own runs come first: some controls are made from them.
-    unique = {cell.key: cell for cells in (list(own.values()), *plan.values()) for cell in cells}
-    total = sum(cell.cost for cell in unique.values())
-    first_report = lambda done, _, name: report(done, total, name)  # noqa: E731
-    run_cells(list(own.values()), store, workers=workers, device=device, report=first_report)
-    runs = {label: _runs(store.load(cell)) for label, cell in own.items()}
+    everything = [own, runs, banks, budgets, starts, searches]
+    total = sum(cell.cost for cell in {cell.key: cell for cell in _leaves(everything)}.values())
+    settings: dict[str, Any] = {"workers": workers, "device": device}
+    run_cells(list(_leaves(own)), store, report=lambda done, _, name: report(done, total, name), **settings)
+    recorded = _loaded(own, store)
     for label, task in named.items():
-        for name, method in _made_from(policy, runs, label).items():
-            plan["run", name, label] = _cells(task, method, seeds)
-    everything = [cell for cells in (list(own.values()), *plan.values()) for cell in cells]
-    run_cells(everything, store, workers=workers, device=device, report=report)
-
-    def found(kind: Kind, name: str, label: str) -> list[Any]:
-        return [result for cell in plan[kind, name, label] for result in store.load(cell)]
-
-    names = dict.fromkeys(name for kind, name, _ in plan if kind == "run")
-    starters = ("policy", "calibrated", "cosine")
+        for name, method in _made_from(policy, recorded, label).items():
+            runs.setdefault(name, {})[label] = _cells(task, method, seeds)
+    run_cells(list(_leaves(everything)), store, report=report, **settings)
     return Evaluation(
         policy,
         budget,
         named,
-        runs={"policy": runs} | {name: {label: found("run", name, label) for label in named} for name in names},
-        banks={label: found("bank", "", label) for label in named},
-        budgets={label: {m: found("budget", str(m), label) for m in budget.multiples} for label in named},
-        starts={
-            label: {name: {f: found("start", f"{name} {f}", label) for f in FACTORS} for name in starters}
-            for label in named
-        },
-        searches={label: {name: found("search", name, label) for name in budget.searches} for label in named},
+        runs={"policy": recorded, **_loaded(runs, store)},
+        banks=_loaded(banks, store),
+        budgets=_loaded(budgets, store),
+        starts=_loaded(starts, store),
+        searches=_loaded(searches, store),
     )
+
+
+def _leaves(tree: Any) -> Iterator[Cell]:
+    """All cells in nested dicts and lists."""
+    if isinstance(tree, Cell):
+        yield tree
+        return
+    for branch in tree.values() if isinstance(tree, dict) else tree:
+        yield from _leaves(branch)
+
+
+def _loaded(tree: Any, store: Store) -> Any:
+    """Nested dicts of lists of cells, with the cells' results in their place."""
+    if isinstance(tree, dict):
+        return {name: _loaded(branch, store) for name, branch in tree.items()}
+    return [result for cell in tree for result in store.load(cell)]
+
+
+def _bank(task: Task, trials: int) -> list[Cell]:
+    """Trial i trains with seed i modulo the seeds of a full evaluation, whatever this one's are."""
+    chunks = [range(start, min(start + _CHUNK, trials)) for start in range(0, trials, _CHUNK)]
+    return [
+        Cell(task, RandomTrials(chunk.start, len(chunk)), tuple(trial % Budget.seeds for trial in chunk))
+        for chunk in chunks
+    ]
 
 
 def ablations(policy: ControlPolicy) -> dict[str, WithPolicy]:
@@ -246,7 +263,3 @@ def _search(name: str, budget: Budget) -> Any:
     if name == "population-based":
         return PopulationBased(budget.search_cost)
     return OptunaSearch(name, budget.search_cost)  # type: ignore[arg-type]
-
-
-def _runs(result: Result) -> list[Run]:
-    return [run for run in result if isinstance(run, Run)]

@@ -155,6 +155,7 @@ def evaluate(
     named = labels(tasks)
     seeds = tuple(range(budget.seeds))
     own = {label: [Cell(task, WithPolicy(policy, record=True), seeds)] for label, task in named.items()}
+    methods = {**BASELINES, **ablations(policy)}
     runs = {
         name: {label: _cells(task, method, seeds) for label, task in named.items()} for name, method in methods.items()
     }

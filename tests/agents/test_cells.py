@@ -29,20 +29,6 @@ METHODS = [Constant(), Cosine(), OneCycle(), WithPolicy(random_policy())]
 CELLS = [Cell(task, method, (0, 1)) for task in (TASK, OTHER) for method in METHODS]
 
 
-@pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
-    """The cells that this process has computed."""
-    made: list[Cell] = []
-    compute = Cell.compute
-
-    def counted(cell: Cell, device: str) -> Any:
-        made.append(cell)
-        return compute(cell, device)
-
-    monkeypatch.setattr(Cell, "compute", counted)
-    return made
-
-
 def results(cells: list[Cell], store: Store) -> list[list[dict[str, Any]]]:
     """Everything but the time it took."""
     return [[{**result.to_dict(), "seconds": 0} for result in store.load(cell)] for cell in cells]

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -54,19 +53,6 @@ def few_baselines() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> Evaluation:
     return evaluate(random_policy(1, 0.3), TASKS, BUDGET, Store(folder), workers=1)
-
-
-@pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
-    made: list[Cell] = []
-    compute = Cell.compute
-
-    def counted(cell: Cell, device: str) -> Any:
-        made.append(cell)
-        return compute(cell, device)
-
-    monkeypatch.setattr(Cell, "compute", counted)
-    return made
 
 
 # -- what is run -------------------------------------------------------------------------------------------------------

@@ -42,20 +42,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(evaluation.BUDGETS, "full", budget)
 
 
-@pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
-    """The cells that are computed from now on."""
-    cells: list[Cell] = []
-    compute = Cell.compute
-
-    def counted(cell: Cell, device: str) -> Any:
-        cells.append(cell)
-        return compute(cell, device)
-
-    monkeypatch.setattr(Cell, "compute", counted)
-    return cells
-
-
 def judge(door: Door, policy: Path, out: Path, *arguments: object, status: int = 0) -> str:
     own = ("--policy", policy, "--budget", "full", "--workers", 1, "--out", out)
     return door(evaluate, *own, *arguments, status=status)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,49 +69,38 @@ def write_csv(evaluation: Evaluation, path: Path) -> list[Path]:
 def write_tensorboard(
     evaluation: Evaluation, result: Mapping[str, Any], figures: Mapping[str, Figure], folder: Path
 ) -> None:
-    """Write a TensorBoard run for each task and method, and one, `summary`, with all figures and tables.
+    """Write a TensorBoard run for each method, with the tags of each task together, and one, `summary`, with the
+    headline, all figures and all tables. (A run for each task and method would be more than TensorBoard shows at once.)
 
     The curves are means over seeds, a step an interval; losses are capped, so that a lost run counts as in the tables.
 
     Args:
         result: as from `agents.summary.summarize`.
         figures: name -> figure.
-        folder: the runs are `<folder>/<task, with - for />/<method>` and `<folder>/summary`.
+        folder: the runs are `<folder>/<method>` and `<folder>/summary`; tags are `<task, with - for />/val_loss`.
     """
     for method, by_label in evaluation.runs.items():
-        for label, runs in by_label.items():
-            with SummaryWriter(str(folder / label.replace("/", "-") / method)) as writer:
-                for tag, curve in _curves(runs).items():
+        with SummaryWriter(str(folder / method)) as writer:
+            for label, runs in by_label.items():
+                for name, curve in _curves(runs).items():
                     for step, value in enumerate(curve.tolist(), start=1):
-                        writer.add_scalar(tag, value, step)
+                        writer.add_scalar(f"{label.replace('/', '-')}/{name}", value, step)
     with SummaryWriter(str(folder / "summary")) as writer:
-        for tag, value in _scalars(result["summary"]):
-            writer.add_scalar(tag, value, 0)
+        for name, value in result["summary"].items():
+            if isinstance(value, int | float):
+                writer.add_scalar(f"headline/{name}", value, 0)
         writer.add_text("overview", markdown_tables(result))
         for name, figure in figures.items():
             writer.add_figure(name, figure, close=False)
 
 
 def _curves(runs: Sequence[Run]) -> dict[str, Array]:
-    """Tag -> mean over runs, `[intervals]`."""
+    """Losses and controls by name, means over runs, `[intervals]`."""
     initial = [[run.initial_loss] for run in runs]
-    curves = {
-        f"inner/{name}": capped([getattr(run, name) for run in runs], initial) for name in ("val_loss", "train_loss")
-    }
+    curves = {name: capped([getattr(run, name) for run in runs], initial) for name in ("val_loss", "train_loss")}
     controls = [name for name in CONTROLS if name in runs[0].controls]
-    curves |= {f"control/{name}": np.array([run.controls[name] for run in runs]) for name in controls}
+    curves |= {name: np.array([run.controls[name] for run in runs]) for name in controls}
     return {tag: values.mean(axis=0) for tag, values in curves.items()}
-
-
-def _scalars(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in nested tables, by their path; an interval gives two, what is missing none."""
-    for name, value in figures.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, Sequence):
-            yield from ((f"{prefix}{name}/{end}", bound) for end, bound in zip(("low", "high"), value, strict=True))
-        elif value is not None:
-            yield f"{prefix}{name}", value
 
 
 def _least(losses: Iterable[float]) -> float:

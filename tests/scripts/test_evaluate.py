@@ -69,9 +69,9 @@ def test_what_it_leaves_behind(door: Door, policy: Path, tmp_path: Path) -> None
     for picture in (out / "figures").iterdir():
         assert picture.read_bytes().startswith(b"\x89PNG")
     assert len(list((out / "figures").iterdir())) >= 4
-    events = EventAccumulator(str(out / "tensorboard" / "wine-mlp" / "policy"))
+    events = EventAccumulator(str(out / "tensorboard" / "policy"))
     events.Reload()
-    assert [event.step for event in events.Scalars("inner/val_loss")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("wine-mlp/val_loss")] == [1, 2, 3]
     studies = optuna.get_all_study_names(f"sqlite:///{out / 'studies.db'}")
     named = {(*name.rsplit("/", 3)[:2], name.rsplit("/", 1)[1]) for name in studies}
     assert named == {(task, "tpe", f"seed{seed}") for task in result["tasks"] for seed in (0, 1)}

@@ -206,6 +206,8 @@ def _against_searches(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
                     for label, searches in everywhere.items()
                 ]
                 figures |= _interval(f"{measure}_log_ratio", interquartile_mean(by_task))
+                if evaluation.budget.search_seeds == 1:  # there is nothing to resample
+                    figures[f"{measure}_log_ratio_ci"] = None
             table[name][str(cost)] = figures
     return table
 

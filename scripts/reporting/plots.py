@@ -166,7 +166,8 @@ def performance_profile_plot(evaluation: Evaluation) -> Figure:
 
 @_paper
 def search_curves(result: Mapping[str, Any]) -> Figure:
-    """What searches find at a cost, against the policy's one run: IQM of the log ratios, with 95 % intervals."""
+    """What searches find at a cost, against the policy's one run: IQM of the log ratios, with 95 % intervals where
+    there are several searches of a kind."""
     table = result["summary"]["against_searches"]
     figure, (panels,) = _panels(1, 2, width=7.6, height=3.9, sharey=True)
     costs = sorted({int(cost) for by_cost in table.values() for cost in by_cost})
@@ -174,7 +175,8 @@ def search_curves(result: Mapping[str, Any]) -> Figure:
         axes.axhline(0, color=POLICY, linewidth=2.4, label="policy, one run")
         for index, (name, by_cost) in enumerate(table.items()):
             values = [by_cost[cost][f"{measure}_log_ratio_iqm"] for cost in by_cost]
-            bounds = np.array([by_cost[cost][f"{measure}_log_ratio_ci"] for cost in by_cost]).reshape(-1, 2)
+            intervals = [figures[f"{measure}_log_ratio_ci"] for figures in by_cost.values()]
+            bounds = np.array([i or [v, v] for i, v in zip(intervals, values, strict=True)]).reshape(-1, 2)
             # Side by side, lest their intervals hide one another.
             shift = 2 ** (0.3 * ((index + 0.5) / len(table) - 0.5))
             at = [int(cost) * shift for cost in by_cost]

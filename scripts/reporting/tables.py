@@ -382,9 +382,10 @@ def _ratio(value: float | None) -> str:
 
 
 def _of(figures: Mapping[str, Any], name: str) -> str:
-    """An aggregate with its interval."""
-    low, high = figures[f"{name}_ci"]
-    return f"{_ratio(figures[f'{name}_iqm'])} [{_ratio(low)}, {_ratio(high)}]"
+    """An aggregate with its interval, if it has one."""
+    interval = figures[f"{name}_ci"]
+    ends = f" [{', '.join(map(_ratio, interval))}]" if interval else ""
+    return f"{_ratio(figures[f'{name}_iqm'])}{ends}"
 
 
 def _of_task(figures: Mapping[str, Any], measure: str) -> str:

@@ -124,11 +124,10 @@ def _task(evaluation: Evaluation, label: str) -> dict[str, Any]:
         "rse": int(equivalents.value),
         "rse_ci": [equivalents.low, equivalents.high],
         "rse_test": trials_to_reach(
-            expected_at_best(bank, losses(evaluation.banks[label], "test")),
-            float(losses(runs["policy"], "test").mean()),
+            expected_at_best(bank, losses(trials, "test")), float(losses(runs["policy"], "test").mean())
         ),
         "rse_best_val": random_search_equivalents(
-            losses(evaluation.banks[label], "val_best"), float(losses(runs["policy"], "val_best").mean())
+            losses(trials, "val_best"), float(losses(runs["policy"], "val_best").mean())
         ),
         "rse_by_seed": [random_search_equivalents(bank, loss) for loss in own.tolist()],
         "rse_calibrated": random_search_equivalents(bank, float(losses(runs[REFERENCE], "val").mean())),

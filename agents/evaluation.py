@@ -77,7 +77,7 @@ class Budget:
     multiples: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
     searches: tuple[str, ...] = ()
     search_cost: int = 32
-    search_seeds: int = 3
+    search_seeds: int = 2
 
     def __post_init__(self) -> None:
         if self.seeds < 2 or self.bank < 2 or not 1 <= self.search_seeds <= self.seeds:

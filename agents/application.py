@@ -61,6 +61,7 @@ class Cohort:
     Attributes:
         initial_loss: `[runs]`, validation losses before training.
         parameters: trainable parameters of the model.
+        examples: training examples of a whole run.
         has_dropout: whether the model has dropout layers.
     """
 
@@ -68,6 +69,7 @@ class Cohort:
         self._training = training
         self.task, self.runs = training.task, training.replicas
         self.parameters, self.has_dropout = training.parameters, training.has_dropout
+        self.examples = prepare(self.task).interval_examples * self.task.horizon
         self.initial_loss = training.evaluate("val")
 
     def snapshot(self, run: int) -> dict[str, Tensor]:

@@ -1,8 +1,11 @@
-"""Calibration of the base schedule: the one configuration that is best on average over meta-train.
+"""Calibration on meta-train: the one configuration that is best on average, and the rule that policies deviate from.
 
-Random search, in two rounds: every configuration on every task of the first round, then the best ones on fresh tasks.
-A configuration's score on a task is the logarithm of its final validation loss over that of the task's best
-configuration, capped, so that tasks weigh alike and one failure does not decide.
+The one configuration comes from random search in two rounds: every configuration on every task of the first round, then
+the best ones on fresh tasks. The rule, which follows the length and the size of a run, comes from a cross-entropy
+method: trials on many tasks, a linear fit to the good ones of each, and again with trials around that fit.
+
+A trial's score on a task is the logarithm of its final validation loss over that of the task's best trial, capped, so
+that tasks weigh alike and one failure does not decide.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed
 
-from hpo_env.actions import BaseSchedule
+from hpo_env.base_schedules import TYPICAL, BaseRule, BaseSchedule
 from hpo_env.hyperparameters import CONTROLS, Array
 from inner_models.batched_training import BatchedTraining
-from inner_models.tasks import OptimizerName, Task, TaskDistribution
+from inner_models.models import build_model
+from inner_models.replicated_layers import parameter_count
+from inner_models.tasks import OptimizerName, Task, TaskDistribution, prepare
 
 from .application import Controller, Runs
 
@@ -32,12 +37,24 @@ SEARCH_RANGES: dict[str, dict[str, tuple[float, float]]] = {
 """Log-uniform, but for dropout, which is uniform. SGD's decay is coupled to the gradient, hence its range."""
 
 
-def sample_schedules(optimizer: OptimizerName, count: int, rng: np.random.Generator) -> list[BaseSchedule]:
-    """Draw schedules at random from `SEARCH_RANGES`."""
+RULE_RANGES: dict[str, dict[str, tuple[float, float]]] = {
+    "adamw": {"lr": (3e-4, 6e-2), "batch_size": (16, 128), "weight_decay": (1e-3, 3.0), "dropout": (0.005, 0.4)},
+    "sgd": {"lr": (1e-3, 0.5), "batch_size": (16, 128), "weight_decay": (1e-6, 3e-2), "dropout": (0.005, 0.4)},
+}
+"""The same for the trials that a base rule is fitted to."""
+
+
+def sample_schedules(
+    optimizer: OptimizerName,
+    count: int,
+    rng: np.random.Generator,
+    ranges: Mapping[str, Mapping[str, tuple[float, float]]] = SEARCH_RANGES,
+) -> list[BaseSchedule]:
+    """Draw schedules at random from `ranges`."""
     schedules = []
     for _ in range(count):
         values = {}
-        for name, (low, high) in SEARCH_RANGES[optimizer].items():
+        for name, (low, high) in ranges[optimizer].items():
             drawn = (
                 rng.uniform(low, high) if name == "dropout" else math.exp(rng.uniform(math.log(low), math.log(high)))
             )
@@ -141,6 +158,112 @@ def calibrate(
         "tasks": float(3 * tasks),
     }
     return schedules[best], figures
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Trials of one task.
+
+    Attributes:
+        examples, parameters: of a run of the task.
+        settings: `[trials, controls]`, in scale units.
+        regrets: `[trials]`.
+    """
+
+    examples: float
+    parameters: float
+    settings: Array
+    regrets: Array
+
+
+TEMPERATURE = 0.02
+"""A trial weighs exp(-regret / TEMPERATURE) in the fit."""
+
+SHRINKAGE = 20.0
+"""Tasks' worth of evidence that slopes are 0."""
+
+
+def fit_rule(
+    optimizer: OptimizerName,
+    distribution: TaskDistribution,
+    *,
+    trials: int = 32,
+    tasks: tuple[int, ...] = (160, 120),
+    seed: int = 0,
+    workers: int = 2,
+    report: Callable[[str], None] = print,
+) -> tuple[BaseRule, dict[str, float]]:
+    """Fit a base rule to `trials` of each of `tasks` tasks, round after round.
+
+    Returns:
+        The rule fitted to all rounds, and figures: mean regret of the rule before the last round on that round's tasks,
+        and of a median trial around it.
+    """
+    rng = np.random.default_rng(seed)
+    distribution = replace(distribution, optimizers=(optimizer,))
+    rule: BaseRule | None = None
+    spread = np.zeros(len(CONTROLS))
+    found: list[Trials] = []
+    for round_, count in enumerate(tasks):
+        jobs = []
+        for index in range(count):
+            task = distribution.sample(rng)
+            if rule is None:
+                schedules = sample_schedules(optimizer, trials, rng, RULE_RANGES)
+            else:
+                schedules = _around(rule, task, spread, trials, rng)
+            jobs.append((task, schedules, index))
+        results = Parallel(n_jobs=workers, return_as="generator")(delayed(_single_threaded)(*job) for job in jobs)
+        before = len(found)
+        for (task, schedules, _), losses in zip(jobs, results, strict=True):
+            settings = np.array([[getattr(schedule, name) for name in CONTROLS] for schedule in schedules])
+            scaled = [control.to_scale(column) for control, column in zip(CONTROLS.values(), settings.T, strict=True)]
+            found.append(Trials(*_size(task), np.stack(scaled, axis=1), regrets(losses[None])[0]))
+            report(f"{optimizer}: round {round_ + 1}, task {len(found) - before} of {count} ({task.name})")
+        rule, spread = linear_fit(found)
+    assert rule is not None
+    figures = {
+        "mean_regret": float(np.mean([task.regrets[0] for task in found[before:]])),
+        "median_regret_around": float(np.mean([np.median(task.regrets) for task in found[before:]])),
+        "tasks": float(sum(tasks)),
+        "trials": float(trials),
+    }
+    return rule, figures
+
+
+def linear_fit(found: Sequence[Trials]) -> tuple[BaseRule, Array]:
+    """The rule through the good trials of each task, and how far they lie from it, `[controls]`, in scale units."""
+    weights = [np.exp(-task.regrets / TEMPERATURE) for task in found]
+    good = np.array([weight @ task.settings / weight.sum() for weight, task in zip(weights, found, strict=True)])
+    sizes = np.array([(task.examples, task.parameters) for task in found]) / list(TYPICAL.values())
+    design = np.column_stack([np.ones(len(found)), np.log(sizes)])
+    gram = design.T @ design + np.diag([0, SHRINKAGE, SHRINKAGE])
+    coefficients = np.linalg.solve(gram, design.T @ good)
+    rows = {name: (float(a), float(b), float(c)) for name, (a, b, c) in zip(CONTROLS, coefficients.T, strict=True)}
+    return BaseRule(rows), np.asarray((good - design @ coefficients).std(axis=0))
+
+
+def _around(rule: BaseRule, task: Task, spread: Array, count: int, rng: np.random.Generator) -> list[BaseSchedule]:
+    """The rule's own schedule, and `count` - 1 around it."""
+    peaks = rule.peaks(*(np.array([size]) for size in _size(task)))
+    center = np.array([float(control.to_scale(peaks[name])[0]) for name, control in CONTROLS.items()])
+    settings = center + 0.8 * spread * rng.normal(size=(count, len(CONTROLS))) * (np.arange(count) > 0)[:, None]
+    return [
+        BaseSchedule(
+            **{
+                name: float(control.from_scale(np.asarray(value)))
+                for (name, control), value in zip(CONTROLS.items(), row, strict=True)
+            }
+        )
+        for row in settings
+    ]
+
+
+def _size(task: Task) -> tuple[float, float]:
+    """Training examples of a run, and trainable parameters."""
+    data = prepare(task)
+    parameters = parameter_count(build_model(task.model, data.dataset))
+    return float(data.interval_examples * task.horizon), float(parameters)
 
 
 def _single_threaded(task: Task, schedules: Sequence[BaseSchedule], seed: int) -> Array:

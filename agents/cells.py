@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed
 
-from hpo_env.actions import CALIBRATION_FILE
+from hpo_env.base_schedules import CALIBRATION_FILE
 from inner_models.sampling import MICRO_BATCH
 from inner_models.tasks import Task, prepare
 from inner_models.workers import one_thread_each
@@ -197,29 +197,33 @@ def describe(value: Any) -> Any:
 
 @lru_cache
 def code_version(module: str) -> str:
-    """Hash of the code that a method runs: the engine, the control loop, its module and those that this imports."""
-    paths = [*sorted((_ROOT / "inner_models").glob("*.py")), *sorted((_ROOT / "hpo_env").glob("*.py"))]
-    paths += [
-        _ROOT / "agents" / f"{name}.py" for name in sorted(_needed("application") | _needed(module.rpartition(".")[2]))
-    ]
+    """Hash of the code that a method runs: its module, what trains it, and all of this project that these import."""
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode() + _code_of(path.read_text()).encode())
+    for path in sorted(_needed(_ROOT / "agents" / "application.py") | _needed(_path(module))):
+        digest.update(path.relative_to(_ROOT).as_posix().encode() + _code_of(path.read_text()).encode())
     digest.update((_ROOT / "hpo_env" / CALIBRATION_FILE).read_bytes())
     for package in _PACKAGES.get(module.rpartition(".")[2], ()):
         digest.update(f"{package} {metadata.version(package)}".encode())
     return digest.hexdigest()
 
 
-def _needed(module: str) -> set[str]:
-    """A module of this package and, over and over, those that it imports."""
+def _needed(module: Path) -> set[Path]:
+    """A module of this project and, over and over, those that it imports."""
     found, left = {module}, [module]
     while left:
-        tree = ast.parse((_ROOT / "agents" / f"{left.pop()}.py").read_text())
-        names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module}
-        left += names - found
-        found |= names
+        path = left.pop()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                name = f"{path.parent.name}.{node.module}" if node.level else node.module
+                imported = {_path(name), *(_path(f"{name}.{alias.name}") for alias in node.names)}
+                new = {file for file in imported if file.is_file()} - found
+                found |= new
+                left += new
     return found
+
+
+def _path(module: str) -> Path:
+    return _ROOT / (module.replace(".", "/") + ".py")
 
 
 def _code_of(source: str) -> str:

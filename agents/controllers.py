@@ -13,21 +13,33 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo_env.actions import BaseSchedule, apply_offsets, calibrated
-from hpo_env.control import ControlLoop
+from hpo_env.actions import apply_offsets
+from hpo_env.base_schedules import BaseRule, calibrated
+from hpo_env.control import ControlLoop, epochs_per_decision
 from hpo_env.hyperparameters import CONTROLS, Array
 from hpo_env.observations import FEATURES
+from hpo_env.telemetry import combined
 from inner_models.training import Training
 
-from .application import Cohort, Controller, MakeController, Runs
+from .application import Cohort, Controller, MakeController
 from .policy import ControlPolicy
 from .tuner import Tuner
 from .watch import LOWERED, Watch
 
-GIVEN_FACTOR = 10.0
+GIVEN_FACTOR = 100.0
 """The tuner's `max_factor`, as it comes."""
 
-_KNOWN = ("progress", "horizon", "parameters", "momentum_sgd", "first_decision", "val_missing", "gradients_missing")
+_KNOWN = (
+    "progress",
+    "horizon",
+    "parameters",
+    "examples",
+    "examples_known",
+    "momentum_sgd",
+    "first_decision",
+    "val_missing",
+    "gradients_missing",
+)
 MEASURED = np.array([f.name not in _KNOWN and not f.name.startswith(tuple(CONTROLS)) for f in FEATURES])
 """`[features]`, which of them tell of the run's course; the others could be known without looking at it."""
 
@@ -50,11 +62,12 @@ class WithPolicy:
     """A policy, attached as `Tuner` attaches it.
 
     Attributes:
-        controls: those that it moves; the others follow the calibrated schedule.
+        controls: those that it moves; the others follow the base schedule.
         guard: whether divergence is answered by the best snapshot and a lower learning rate.
         start: as in `Tuner`; with `given`, the user's own values are the calibrated ones.
         lr_factor: with `given`, a factor on the user's learning rate.
         initial_loss: whether the validation loss before training is told.
+        examples: whether the number of training examples is told.
         sees: its own run; nothing measured (after the first decision, those features stand at the mean of its
             meta-training); or, in their place, those of another run at the same progress, drawn anew at every decision.
         acts: as the policy says, or uniformly at random.
@@ -67,6 +80,7 @@ class WithPolicy:
     start: Literal["policy", "given"] = "policy"
     lr_factor: float = 1.0
     initial_loss: bool = False
+    examples: bool = True
     sees: Literal["own", "nothing"] | Elsewhere = "own"
     acts: Literal["policy", "random"] = "policy"
     record: bool = False
@@ -76,7 +90,7 @@ class WithPolicy:
 
 
 def with_policy(policy: ControlPolicy) -> MakeController:
-    """The tuner with `policy`, attached as the README's three lines do: all controls its own, no initial loss."""
+    """The tuner with `policy`, attached as the README's three lines do: all controls, no loss before training."""
 
     def attach(run: Training) -> Tuner:
         tuner = Tuner(
@@ -84,6 +98,7 @@ def with_policy(policy: ControlPolicy) -> MakeController:
             run.optimizer,
             model=run.model,
             total_epochs=run.task.horizon,
+            examples_per_epoch=run.data.interval_examples,
             batch_size=run.batch_sampler.batch_size,
         )
         tuner.follow(run.batch_sampler)
@@ -96,16 +111,18 @@ class _Attached:
     def __init__(self, method: WithPolicy, cohort: Cohort) -> None:
         self._method, self._cohort = method, cohort
         task = cohort.task
+        rule = method.policy.header.base_rule(task.optimizer)
+        given = None
         if method.start == "given":
-            base = calibrated(task.optimizer)
-            base = replace(base, lr=base.lr * method.lr_factor)
-        else:
-            base = method.policy.header.base_schedule(task.optimizer)
-        self._base = base
+            given = calibrated(task.optimizer)
+            given = replace(given, lr=given.lr * method.lr_factor)
+        self._base = given or rule.schedule(cohort.examples, cohort.parameters)
+        self._per_decision = epochs_per_decision(task.horizon)
         self._loop = ControlLoop(
             cohort.runs,
-            horizon=task.horizon,
-            base=base,
+            horizon=-(-task.horizon // self._per_decision),
+            rule=rule,
+            given=given,
             parameters=cohort.parameters,
             momentum_sgd=task.optimizer == "sgd",
             max_factor=GIVEN_FACTOR if method.start == "given" else math.inf,
@@ -113,7 +130,10 @@ class _Attached:
         self._moved = [name for name in method.controls if name != "dropout" or cohort.has_dropout]
         lacking = {name: 0.0 for name in CONTROLS if name not in self._moved}
         known = {"val_loss": cohort.initial_loss} if method.initial_loss else {}
-        self._loop.restart(range(cohort.runs), known, fixed=[lacking] * cohort.runs)
+        examples = np.full(cohort.runs, float(cohort.examples) if method.examples else np.nan)
+        self._loop.restart(range(cohort.runs), known, examples=examples, fixed=[lacking] * cohort.runs)
+        self._interval = 0
+        self._since_decision: list[Mapping[str, Array]] = []
         self._rng = np.random.default_rng(method.sees.seed if isinstance(method.sees, Elsewhere) else 0)
         self._watches = [Watch() for _ in range(cohort.runs)]
         self._snapshots = [cohort.snapshot(run) for run in range(cohort.runs)] if method.guard else []
@@ -127,16 +147,26 @@ class _Attached:
     def step(self, signals: Mapping[str, Array]) -> None:
         losses = {name: signals[name] for name in ("train_loss", "val_loss")}
         losses = {name: np.where(np.isfinite(values), values, np.inf) for name, values in losses.items()}
-        self._loop.record({**signals, **losses})
+        self._loop.tell_examples(self._cohort.examples)
+        self._since_decision.append({**signals, **losses})
+        self._interval += 1
+        horizon = self._cohort.task.horizon
+        due = self._interval % self._per_decision == 0 or self._interval >= horizon
+        if due:
+            self._loop.record(combined(self._since_decision))
+            self._since_decision = []
         if self._method.guard:
             for run, watch in enumerate(self._watches):
                 self._check(run, *watch.check({name: float(values[run]) for name, values in losses.items()}))
-        if self._interval < self._cohort.task.horizon:
-            self._decide()
+        if self._interval < horizon:
+            if due:
+                self._decide()
+            else:
+                self._set(self._loop.values_at(self._progress))
 
     @property
-    def _interval(self) -> int:
-        return int(self._loop.state.telemetry.interval[0])
+    def _progress(self) -> float:
+        return (self._interval + 0.5) / self._cohort.task.horizon
 
     def _check(self, run: int, verdict: str | None, improved: bool) -> None:
         if improved:
@@ -152,16 +182,20 @@ class _Attached:
             actions = self._rng.uniform(-1, 1, (self._cohort.runs, len(CONTROLS)))
         else:
             actions = self._method.policy.act(self._seen(observations))[0]
-        progress = np.full(self._cohort.runs, (self._interval + 0.5) / self._cohort.task.horizon)
-        base = self._base.values(progress)
-        values = self._loop.decide(actions)
-        self.values = {name: values[name] if name in self._moved else base[name] for name in CONTROLS}
+        lost = self._method.policy.out_of_depth(observations) & (self._method.acts == "policy")
+        self._set(self._loop.decide(actions, lost, self._progress))
         if self._method.record:
+            base = self._base.values(np.full(self._cohort.runs, self._progress))
             for run, note in enumerate(self.notes):
                 offsets = self._loop.state.offsets[run].tolist()
                 offsets[0] = math.log(self.values["lr"][run] / base["lr"][run])  # what the guard lowered included
                 note.setdefault("observations", []).append(observations[run].tolist())
                 note.setdefault("offsets", []).append(offsets)
+                note.setdefault("out_of_depth", []).append(bool(lost[run]))
+
+    def _set(self, values: dict[str, Array]) -> None:
+        base = self._base.values(np.full(self._cohort.runs, self._progress))
+        self.values = {name: values[name] if name in self._moved else base[name] for name in CONTROLS}
 
     def _seen(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
         sees, method = self._method.sees, self._method
@@ -180,28 +214,29 @@ GRID = 64
 
 @dataclass(frozen=True)
 class Replay:
-    """A policy's mean trajectory, open-loop.
+    """A policy's mean trajectory, open-loop; offsets of 0 are the base rule's schedule.
 
     Attributes:
-        schedules: the base schedule of each optimizer.
+        rules: the base rule of each optimizer.
         offsets: `[runs, GRID, controls]` (or `[1, ...]` for all runs alike), in scale units, at the middles of `GRID`
             equal parts of the run.
     """
 
-    schedules: Mapping[str, Mapping[str, float]]
+    rules: Mapping[str, Mapping[str, Any]]
     offsets: Array
 
-    def attach(self, runs: Runs) -> Controller:
-        return _Replayed(self, runs)
+    def attach(self, cohort: Cohort) -> Controller:
+        return _Replayed(self, cohort)
 
 
 class _Replayed:
-    def __init__(self, replay: Replay, runs: Runs) -> None:
-        self._horizon = runs.task.horizon
-        self._base = BaseSchedule(**replay.schedules[runs.task.optimizer])
+    def __init__(self, replay: Replay, cohort: Cohort) -> None:
+        self._horizon = cohort.task.horizon
+        rule = BaseRule.from_dict(replay.rules[cohort.task.optimizer])
+        self._base = rule.schedule(cohort.examples, cohort.parameters)
         progress = (np.arange(self._horizon) + 0.5) / self._horizon
         offsets = np.stack([resampled(run, progress) for run in replay.offsets])
-        self._offsets = np.broadcast_to(offsets, (runs.runs, *offsets.shape[1:]))
+        self._offsets = np.broadcast_to(offsets, (cohort.runs, *offsets.shape[1:]))
         self._interval = 0
 
     @property

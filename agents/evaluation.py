@@ -18,7 +18,7 @@ from inner_models.tasks import Task
 from .application import Run
 from .calibration import RandomTrials
 from .cells import Cell, Store, run_cells
-from .controllers import Elsewhere, Replay, WithPolicy, mean_trajectory
+from .controllers import GRID, Elsewhere, Replay, WithPolicy, mean_trajectory
 from .policy import ControlPolicy
 from .population_based import PopulationBased
 from .schedules import (
@@ -227,13 +227,15 @@ def _bank(task: Task, trials: int) -> list[Cell]:
     ]
 
 
-def ablations(policy: ControlPolicy) -> dict[str, WithPolicy]:
+def ablations(policy: ControlPolicy) -> dict[str, Any]:
     """Less than the whole policy: parts of it, and what it does without eyes or without sense."""
     return {
+        "base-rule": Replay(policy.header.base_rules, np.zeros((1, GRID, len(CONTROLS)))),
         **{f"{name}-only": WithPolicy(policy, controls=(name,), guard=False) for name in CONTROLS},
         "lr-and-batch-size": WithPolicy(policy, controls=("lr", "batch_size"), guard=False),
         "without-guard": WithPolicy(policy, guard=False),
         "with-initial-loss": WithPolicy(policy, initial_loss=True),
+        "length-not-told": WithPolicy(policy, examples=False),
         "blanked": WithPolicy(policy, sees="nothing"),
         "random-actions": WithPolicy(policy, acts="random"),
     }
@@ -241,15 +243,15 @@ def ablations(policy: ControlPolicy) -> dict[str, WithPolicy]:
 
 def _made_from(policy: ControlPolicy, runs: dict[str, list[Run]], label: str) -> dict[str, Any]:
     """The controls on task `label` that need the policy's own runs on all tasks."""
-    schedules = policy.header.base_schedules
+    rules = policy.header.base_rules
     trajectories = {name: [np.array(run.notes["offsets"]) for run in own] for name, own in runs.items()}
     own = trajectories[label]
     same = [mean_trajectory([*own[:seed], *own[seed + 1 :]]) for seed in range(len(own))]
     elsewhere = [name for name in runs if name != label]
-    controls: dict[str, Any] = {"replay-same-task": Replay(schedules, np.stack(same))}
+    controls: dict[str, Any] = {"replay-same-task": Replay(rules, np.stack(same))}
     if elsewhere:
         others = mean_trajectory([mean_trajectory(trajectories[name]) for name in elsewhere])
-        controls["replay-other-tasks"] = Replay(schedules, others[None])
+        controls["replay-other-tasks"] = Replay(rules, others[None])
         seen = tuple(np.array(run.notes["observations"], np.float32) for name in elsewhere for run in runs[name])
         controls["shuffled"] = WithPolicy(policy, sees=Elsewhere(seen))
     return controls

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from hpo_env.actions import RANGES, BaseSchedule
+from hpo_env.actions import RANGES
+from hpo_env.base_schedules import BaseRule
 from hpo_env.hyperparameters import CONTROLS
 from hpo_env.observations import FEATURES
 from inner_models.signals import SIGNALS
@@ -25,9 +26,10 @@ from inner_models.tasks import OptimizerName
 from .files import write_atomically
 
 FORMAT = "hyperpilot-policy"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 OBSERVATION_CLIP = 5.0
 _METADATA_KEY = FORMAT
+_NARROW = 0.1  # features are of order 1: what hardly varied may differ by this much without alarm
 _MAX_BYTES = 64 << 20
 
 
@@ -45,16 +47,17 @@ class PolicyHeader:
 
     Attributes:
         hidden: widths of the network's hidden layers (tanh).
-        base_schedules: optimizer kind -> the schedule that its actions deviate from.
+        base_rules: optimizer kind -> the rule whose schedule its actions deviate from.
         required_signals: signals that a run must give at every step.
         features, controls, ranges: what the network reads and moves; they must be this package's own.
-        trained_ranges: the range of horizons (intervals in a run) that it was trained on.
+        trained_ranges: feature -> the least and the largest value that meta-training saw; `horizons` -> intervals in a
+            run.
         training: provenance (preset, seed, timesteps, seconds, device, versions, data sets).
         scores: meta-validation figures, with how they were taken.
     """
 
     hidden: tuple[int, ...]
-    base_schedules: dict[str, dict[str, float]]
+    base_rules: dict[str, dict[str, Any]]
     required_signals: tuple[str, ...] = ("train_loss", "val_loss")
     features: tuple[str, ...] = tuple(feature.name for feature in FEATURES)
     controls: tuple[str, ...] = tuple(CONTROLS)
@@ -63,8 +66,8 @@ class PolicyHeader:
     training: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
 
-    def base_schedule(self, optimizer_kind: str) -> BaseSchedule:
-        return BaseSchedule(**self.base_schedules[optimizer_kind])
+    def base_rule(self, optimizer_kind: str) -> BaseRule:
+        return BaseRule.from_dict(self.base_rules[optimizer_kind])
 
 
 class ControlPolicy(nn.Module):
@@ -110,11 +113,24 @@ class ControlPolicy(nn.Module):
         """
         return self(torch.from_numpy(observation)).double().numpy(), state
 
+    def out_of_depth(self, observation: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Which runs look unlike any of the meta-training, `[runs]`: a feature lies farther outside of the range that
+        was seen there than that range is wide.
+
+        Args:
+            observation: `[runs, features]`.
+        """
+        ranges = self.header.trained_ranges
+        known = [index for index, name in enumerate(self.header.features) if name in ranges]
+        low, high = np.array([ranges[self.header.features[index]] for index in known]).reshape(-1, 2).T
+        seen, width = observation[:, known], np.maximum(high - low, _NARROW)
+        return np.asarray(((seen < low - width) | (seen > high + width)).any(axis=1))
+
     @property
     def digest(self) -> str:
         """SHA-256 of all that decides: equal for policies that differ in provenance and scores alone."""
         header = asdict(self.header)
-        for name in ("trained_ranges", "training", "scores"):
+        for name in ("training", "scores"):
             del header[name]
         return _digest(header, self.state_dict())
 
@@ -197,14 +213,16 @@ def _header(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tenso
                 **payload,
                 "hidden": tuple(int(width) for width in payload["hidden"]),
                 **{name: tuple(payload[name]) for name in ("required_signals", "features", "controls")},
-                "trained_ranges": {name: (low, high) for name, (low, high) in payload["trained_ranges"].items()},
+                "trained_ranges": {
+                    name: (float(low), float(high)) for name, (low, high) in payload["trained_ranges"].items()
+                },
             }
         )
         for kind in get_args(OptimizerName):
-            header.base_schedule(kind)
+            header.base_rule(kind)
     except (TypeError, KeyError, ValueError, OverflowError, AttributeError) as error:
         raise PolicyError(f"{path} has a header that does not fit format version {FORMAT_VERSION}: {error}") from error
-    own = PolicyHeader(hidden=(), base_schedules={})
+    own = PolicyHeader(hidden=(), base_rules={})
     for name in ("features", "controls", "ranges"):
         if getattr(header, name) != getattr(own, name):
             raise PolicyError(f"{path} was made for other {name} than this version of hyperpilot has")

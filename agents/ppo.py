@@ -16,21 +16,21 @@ from typing import Any
 import numpy as np
 import stable_baselines3
 import torch
-from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam, TensorBoardOutputFormat, configure
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
-from hpo_env.actions import calibrated
+from hpo_env.base_schedules import calibrated_rule
+from hpo_env.observations import FEATURES
 from inner_models.splits import datasets_of
 
 from .files import CONFIG_FILE, write_atomically
 from .meta_validation import MetaValidation, Score
-from .policy import OBSERVATION_CLIP, ControlPolicy, PolicyHeader
+from .policy import ControlPolicy, PolicyHeader
 from .presets import MetaTrainingConfig, effective_config
+from .rollouts import RolloutPPO, RolloutWorkers
 from .vec_env import CohortVecEnv
 
 HIDDEN = (64, 64)
@@ -95,24 +95,20 @@ def meta_train(
     write_atomically(out / CONFIG_FILE, json.dumps(effective_config(config, seed, device), indent=2).encode())
     workers = config.workers if device == "cpu" else 0
     set_random_seed(seed + done)
-    env = VecNormalize(
-        CohortVecEnv(
-            config.tasks,
-            cohorts=config.cohorts,
-            replicas=config.replicas,
-            variation=config.variation,
-            workers=workers,
-            device=device,
-            seed=int(np.random.SeedSequence([seed, done]).generate_state(1)[0] % 2**31),
-        ),
-        norm_reward=False,
-        clip_obs=OBSERVATION_CLIP,
+    env = CohortVecEnv(
+        config.tasks,
+        cohorts=config.cohorts,
+        replicas=config.replicas,
+        variation=config.variation,
+        workers=workers,
+        device=device,
+        seed=int(np.random.SeedSequence([seed, done]).generate_state(1)[0] % 2**31),
     )
     try:
-        model = _build(config, env, seed)
+        model = build(config, env)
         callback = _Callback(config, out, seed, device, provenance or {}, report, max(1, workers))
         if checkpoint:
-            _restore(model, env, callback, checkpoint)
+            _restore(model, callback, checkpoint)
         folder = str(out / "tensorboard")
         if checkpoint:  # what was logged after the checkpoint is about to be logged again
             SummaryWriter(folder, purge_step=done + 1).close()
@@ -131,8 +127,9 @@ def validation_history(out: Path) -> list[dict[str, float]]:
     return history
 
 
-def _build(config: MetaTrainingConfig, env: VecEnv, seed: int) -> PPO:
-    return PPO(
+def build(config: MetaTrainingConfig, env: RolloutWorkers) -> RolloutPPO:
+    """The model to meta-train, untrained."""
+    return RolloutPPO(
         "MlpPolicy",
         env,
         n_steps=config.rollout_steps,
@@ -149,26 +146,24 @@ def _build(config: MetaTrainingConfig, env: VecEnv, seed: int) -> PPO:
     )
 
 
-def export(model: PPO, env: VecNormalize, header: PolicyHeader) -> ControlPolicy:
-    """The deterministic policy of a PPO model with the input normalization of its environment."""
-    policy = ControlPolicy(header)
-    statistics = env.obs_rms
-    assert not isinstance(statistics, dict)
-    policy.mean.copy_(torch.from_numpy(statistics.mean))
-    policy.std.copy_(torch.from_numpy(np.sqrt(statistics.var + env.epsilon)))
+def export(model: RolloutPPO, header: PolicyHeader) -> ControlPolicy:
+    """The deterministic policy of a model with its input normalization."""
+    policy, actor = ControlPolicy(header), model.actor
+    policy.mean.copy_(torch.from_numpy(actor.mean))
+    policy.std.copy_(torch.from_numpy(actor.std))
     extractor = model.policy.mlp_extractor.policy_net
     linear = [m for m in [*extractor, model.policy.action_net] if isinstance(m, torch.nn.Linear)]
     own = [m for m in policy.network if isinstance(m, torch.nn.Linear)]
     for target, source in zip(own, linear, strict=True):
         target.load_state_dict(source.state_dict())
-    own[0].weight.data[:, torch.from_numpy(statistics.var) < UNSEEN_VARIANCE] = 0
+    own[0].weight.data[:, torch.from_numpy(model.obs_rms.var) < UNSEEN_VARIANCE] = 0
     return policy.eval()
 
 
 class _Callback(BaseCallback):
     """Meta-validation, checkpoints and logging."""
 
-    model: PPO
+    model: RolloutPPO
 
     def __init__(
         self,
@@ -209,7 +204,7 @@ class _Callback(BaseCallback):
 
     def _average(self) -> None:
         """Take the model's present policy into the running average, which is what is scored and saved."""
-        self._averaged.update_parameters(export(self.model, self._env, self._header({})))
+        self._averaged.update_parameters(export(self.model, self._header({})))
 
     def _on_training_start(self) -> None:
         self._clock = time.monotonic()
@@ -228,7 +223,7 @@ class _Callback(BaseCallback):
         if self.num_timesteps - self._last_validation >= self.config.validate_every:
             self._meta_validate()
         if self.num_timesteps:
-            _write_checkpoint(self.out / CHECKPOINT_FILE, self.model, self._env, self.state())
+            _write_checkpoint(self.out / CHECKPOINT_FILE, self.model, self.state())
 
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
@@ -250,19 +245,13 @@ class _Callback(BaseCallback):
         self.logger.record("hparams", HParam(shown, metrics), exclude=("stdout",))
         self.logger.record("meta_validation/best_log_ratio_to_calibrated", float(self.best))
         self.logger.dump(self.num_timesteps)
-        _write_checkpoint(self.out / CHECKPOINT_FILE, self.model, self._env, self.state())
+        _write_checkpoint(self.out / CHECKPOINT_FILE, self.model, self.state())
 
     def _explain_curves(self) -> None:
         lines = [f"- `{tag}`: {meaning}" for tag, meaning in CURVES.items()]
         for output in self.logger.output_formats:
             if isinstance(output, TensorBoardOutputFormat):
                 output.writer.add_text("about/curves", "\n".join(lines))
-
-    @property
-    def _env(self) -> VecNormalize:
-        env = self.training_env
-        assert isinstance(env, VecNormalize)
-        return env
 
     def _meta_validate(self) -> None:
         self._last_validation = self.num_timesteps
@@ -298,12 +287,17 @@ class _Callback(BaseCallback):
             policy.save(self.out / POLICY_FILE)
         self._report(Progress(self.num_timesteps, self.config.timesteps, score))
 
+    def _seen(self) -> dict[str, tuple[float, float]]:
+        """Feature -> the least and the largest value seen so far; nothing before the first rollout."""
+        extremes = zip(FEATURES, self.model.observation_low, self.model.observation_high, strict=True)
+        return {feature.name: (float(low), float(high)) for feature, low, high in extremes if low <= high}
+
     def _header(self, scores: dict[str, Any]) -> PolicyHeader:
         tasks = self.config.tasks
         return PolicyHeader(
             hidden=HIDDEN,
-            base_schedules={kind: calibrated(kind).to_dict() for kind in ("adamw", "sgd")},
-            trained_ranges={"horizon": tasks.horizons},
+            base_rules={kind: calibrated_rule(kind).to_dict() for kind in ("adamw", "sgd")},
+            trained_ranges={"horizons": tasks.horizons, **(self._seen() if scores else {})},
             training={
                 **self._provenance,
                 "algorithm": "PPO",
@@ -324,9 +318,7 @@ class _Callback(BaseCallback):
         )
 
 
-def _write_checkpoint(path: Path, model: PPO, env: VecNormalize, state: dict[str, Any]) -> None:
-    statistics = env.obs_rms
-    assert not isinstance(statistics, dict)
+def _write_checkpoint(path: Path, model: RolloutPPO, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(
         {
@@ -335,9 +327,11 @@ def _write_checkpoint(path: Path, model: PPO, env: VecNormalize, state: dict[str
             "policy": model.policy.state_dict(),
             "optimizer": model.policy.optimizer.state_dict(),
             "normalizer": {
-                "mean": torch.from_numpy(statistics.mean),
-                "var": torch.from_numpy(statistics.var),
-                "count": float(statistics.count),
+                "mean": torch.from_numpy(model.obs_rms.mean),
+                "var": torch.from_numpy(model.obs_rms.var),
+                "count": float(model.obs_rms.count),
+                "low": torch.from_numpy(model.observation_low),
+                "high": torch.from_numpy(model.observation_high),
             },
             "callback": state,
         },
@@ -356,13 +350,12 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _restore(model: PPO, env: VecNormalize, callback: _Callback, checkpoint: dict[str, Any]) -> None:
+def _restore(model: RolloutPPO, callback: _Callback, checkpoint: dict[str, Any]) -> None:
     model.policy.load_state_dict(checkpoint["policy"])
     model.policy.optimizer.load_state_dict(checkpoint["optimizer"])
     model.num_timesteps, model._n_updates = checkpoint["timesteps"], checkpoint["updates"]
-    statistics = env.obs_rms
-    assert not isinstance(statistics, dict)
-    statistics.mean = checkpoint["normalizer"]["mean"].numpy()
-    statistics.var = checkpoint["normalizer"]["var"].numpy()
-    statistics.count = checkpoint["normalizer"]["count"]
+    normalizer = checkpoint["normalizer"]
+    model.obs_rms.mean, model.obs_rms.var = normalizer["mean"].numpy(), normalizer["var"].numpy()
+    model.obs_rms.count = normalizer["count"]
+    model.observation_low, model.observation_high = normalizer["low"].numpy(), normalizer["high"].numpy()
     callback.restore(checkpoint["callback"])

@@ -62,9 +62,10 @@ PRESETS: dict[str, MetaTrainingConfig] = {
         tasks=META_TRAIN_SMALL, validation=META_VALIDATION_SMALL,
     ),
     "default": MetaTrainingConfig(
-        timesteps=516_096, cohorts=12, replicas=16, rollout_steps=32, validate_every=43_008, validation_seeds=8,
-        epochs=8, minibatch=768, learning_rate=6e-4, averaging=0.9,
-        variation=Variation(mask_probability=0.1, start_probability=0.2, blind_probability=0.3),
+        timesteps=737_280, cohorts=16, replicas=16, rollout_steps=32, validate_every=49_152, validation_seeds=8,
+        epochs=8, minibatch=1024, learning_rate=6e-4, gae_lambda=0.99, log_std=-1.4, averaging=0.9,
+        variation=Variation(mask_probability=0.15, start_probability=0.2, blind_probability=0.7,
+                            untold_probability=0.2, unmeasured_probability=0.1),
     ),
 }  # fmt: skip
 """`smoke`: under a minute on 2 cores, to see that all works. `demo`: a few minutes. `default`: about half an hour."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpo_env.actions import BaseSchedule, calibrated
+from hpo_env.base_schedules import BaseSchedule, calibrated
 from hpo_env.hyperparameters import CONTROLS, Array, Binding
 from inner_models.tasks import OptimizerName
 from inner_models.training import Training, parameter_groups

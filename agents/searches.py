@@ -23,7 +23,7 @@ from typing import Any, Literal, Self, cast, get_args
 import numpy as np
 from torch import Tensor
 
-from hpo_env.actions import BaseSchedule
+from hpo_env.base_schedules import BaseSchedule
 from hpo_env.hyperparameters import CONTROLS
 from inner_models.batched_training import BatchedTraining
 from inner_models.datasets import Split

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpo_env.actions import BaseSchedule
-from hpo_env.control import ControlLoop
-from hpo_env.hyperparameters import CONTROLS, Binding, HasBatchSize
+from hpo_env.base_schedules import BaseSchedule
+from hpo_env.control import ControlLoop, epochs_per_decision
+from hpo_env.hyperparameters import CONTROLS, Array, Binding, HasBatchSize
+from hpo_env.telemetry import combined
 from inner_models.names import unknown
 from inner_models.sampling import BatchSampler
 from inner_models.signals import GradientMeter
@@ -25,6 +26,9 @@ from .policy import ControlPolicy, PolicyError
 from .watch import LOWERED, Watch
 
 PRETRAINED = "pretrained.safetensors"
+
+ASSUMED_BATCH = 32
+"""Examples that an optimizer step is taken to use where neither epochs nor batches are known in examples."""
 
 _log = logging.getLogger("hyperpilot")
 
@@ -56,12 +60,16 @@ class Tuner:
         policy: the policy that decides; `Tuner.load` and `Tuner.pretrained` read one.
         optimizer: the run's optimizer. Its parameter groups keep their ratios to one another, and groups without
             weight decay stay so.
-        total_epochs: how many times `step` will be called.
+        total_epochs: how many times `step` will be called. In runs of more than 64 the policy decides every second,
+            third, ... time.
+        examples_per_epoch: training examples in an epoch, usually `len(train_set)`: the best start depends on the
+            length of the run. Without it the length is known from `batch_sampler`, or after the first epoch, from the
+            steps that it took.
         model: the model; needed to move dropout and for the guard.
         batch_size: the run's batch size, if the tuner may change it; batches must then come from `batch_sampler`.
-        start: `policy` chooses absolute values, for training from scratch; `given` takes the run's own values (with
-            warm-up and cosine decay) as the base and stays within `max_factor` of that, for fine-tuning.
-        max_factor: see `start`.
+        start: `policy` chooses absolute values; `given` takes the run's own values (with warm-up and cosine decay) as
+            the base and stays within `max_factor` of that.
+        max_factor: see `start`. 100 is enough to mend a bad start; to fine-tune near your own values, give 3.
         controls: names of the controls that the policy may move, all that the run has when None.
         initial_loss: validation loss before training, if known: a signal like any other.
         signals: names of the losses that the run will give to `step`.
@@ -71,7 +79,7 @@ class Tuner:
 
     Attributes:
         history: one entry a decision: the epoch it is for, the signals and observation it saw, the action, the values
-            set, and what the guard did.
+            set, what the guard did since the last one, and whether the policy was out of its depth.
 
     Raises:
         ValueError: bad arguments; the message names the value.
@@ -90,10 +98,11 @@ class Tuner:
         optimizer: torch.optim.Optimizer,
         *,
         total_epochs: int,
+        examples_per_epoch: int | None = None,
         model: nn.Module | None = None,
         batch_size: int | None = None,
         start: Literal["policy", "given"] = "policy",
-        max_factor: float = 10.0,
+        max_factor: float = 100.0,
         controls: Sequence[str] | None = None,
         initial_loss: float | Tensor | None = None,
         signals: Sequence[str] = ("train_loss", "val_loss"),
@@ -106,6 +115,8 @@ class Tuner:
             raise ValueError(f"start must be 'policy' or 'given', not {start!r}")
         if not max_factor > 1:
             raise ValueError(f"max_factor must be above 1, not {max_factor}")
+        if examples_per_epoch is not None and examples_per_epoch < 1:
+            raise ValueError(f"examples_per_epoch must be at least 1, not {examples_per_epoch}")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if any("initial_lr" in group for group in optimizer.param_groups):
@@ -121,23 +132,22 @@ class Tuner:
                 f"this policy needs {' and '.join(missing)} at every step, which this run does not give "
                 f"(signals={tuple(signals)}); use a policy trained without"
             )
-        low, high = policy.header.trained_ranges.get("horizon", (1, math.inf))
-        if not low <= total_epochs <= high:
-            _log.warning("this policy was trained on runs of %g to %g epochs, not %d", low, high, total_epochs)
+        shortest, _ = policy.header.trained_ranges.get("horizons", (1, math.inf))
+        if total_epochs < shortest:
+            _log.warning("this policy was trained on runs of %g epochs or more, not %d", shortest, total_epochs)
         self.policy, self.total_epochs = policy, total_epochs
         self._required = policy.header.required_signals
         self._optimizer, self._model, self._writer = optimizer, model, writer
         self._batch_size = None if batch_size is None else _BatchSize(batch_size)
         self._binding = Binding(optimizer, model, self._batch_size)
         sgd = isinstance(optimizer, torch.optim.SGD)
-        if start == "given":
-            base = BaseSchedule(**{"batch_size": 1.0, "weight_decay": 0.0, "dropout": 0.0, **self._binding.read()})
-        else:
-            base = policy.header.base_schedule("sgd" if sgd else "adamw")
+        given = {"batch_size": 1.0, "weight_decay": 0.0, "dropout": 0.0, **self._binding.read()}
+        self._per_decision = epochs_per_decision(total_epochs)
         self._loop = ControlLoop(
             1,
-            horizon=total_epochs,
-            base=base,
+            horizon=-(-total_epochs // self._per_decision),
+            rule=policy.header.base_rule("sgd" if sgd else "adamw"),
+            given=BaseSchedule(**given) if start == "given" else None,
             parameters=sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad),
             momentum_sgd=sgd,
             max_factor=max_factor if start == "given" else math.inf,
@@ -157,7 +167,13 @@ class Tuner:
         if self._guard and known:
             self._guard.check({"val_loss": float(known["val_loss"][0])})
         self._policy_state: Any = None
+        self._epoch = 0
+        self._since_decision: list[dict[str, Array]] = []
+        self._warned = False
+        self._verdict: str | None = None
         self.history: list[dict[str, Any]] = []
+        if examples_per_epoch is not None:
+            self._loop.tell_examples(float(examples_per_epoch * total_epochs))
         self._decide({name: float(value[0]) for name, value in known.items()}, None)
 
     @classmethod
@@ -182,7 +198,7 @@ class Tuner:
     @property
     def epoch(self) -> int:
         """Epochs finished."""
-        return int(self._loop.state.telemetry.interval[0])
+        return self._epoch
 
     def step(self, *, train_loss: float | Tensor, val_loss: float | Tensor | None = None) -> dict[str, float]:
         """Call at the end of every epoch. Sets the hyperparameters for the next one and returns them.
@@ -199,7 +215,16 @@ class Tuner:
         signals = {name: _number(name, value) for name, value in losses.items() if value is not None}
         signals = {name: value if math.isfinite(value) else math.inf for name, value in signals.items()}
         self._write("inner", signals, self.epoch + 1)
-        self._loop.record({k: np.array([v]) for k, v in {**self._meter.finish(), **signals}.items()})
+        self._write("control", {name: self.hyperparameters[name] for name in self._controls}, self.epoch + 1)
+        batch = self._batch_size.batch_size if self._batch_size else ASSUMED_BATCH
+        if self._meter.steps:
+            self._loop.tell_examples(float(self._meter.steps * batch * self.total_epochs))
+        self._since_decision.append({k: np.array([v]) for k, v in {**self._meter.finish(), **signals}.items()})
+        self._epoch += 1
+        due = self._epoch % self._per_decision == 0 or self._epoch >= self.total_epochs
+        if due:
+            self._loop.record(combined(self._since_decision))
+            self._since_decision = []
         verdict = self._guard.check(signals) if self._guard else None
         if verdict and self._guard:
             self._guard.restore()
@@ -207,7 +232,12 @@ class Tuner:
             self._meter.begin()
             _log.warning("epoch %d: %s; restored the best snapshot and lowered lr to a quarter", self.epoch, verdict)
         if self.epoch < self.total_epochs:
-            self._decide(signals, verdict)
+            self._verdict = verdict or self._verdict
+            if due:
+                self._decide(signals, self._verdict)
+                self._verdict = None
+            else:
+                self._apply(self._loop.values_at(self._progress))
         elif verdict:
             self._binding.write({"lr": self.hyperparameters["lr"] * LOWERED})
         if self.epoch == self.total_epochs + 1:
@@ -230,6 +260,10 @@ class Tuner:
         rows = data if isinstance(data, int) else len(data)
         sampler = BatchSampler(rows, 1, np.random.default_rng(seed), drop_last=drop_last)
         self.follow(sampler)
+        if not self._epoch and self._loop.tell_examples(float(rows * self.total_epochs)):
+            self._loop.take_back()
+            self._policy_state = None
+            self._decide(self.history.pop()["signals"], None)  # the first decision, with the length known
         return sampler
 
     def follow(self, sampler: HasBatchSize) -> None:
@@ -247,7 +281,10 @@ class Tuner:
         """State to put in the run's own checkpoint (tensors and plain values, the guard's snapshot included)."""
         return {
             "loop": self._loop.state_dict(),
-            "base": self._loop.base.to_dict(),
+            "given": self._loop.given.to_dict() if self._loop.given else None,
+            "epoch": self._epoch,
+            "verdict": self._verdict,
+            "since_decision": [{n: float(v[0]) for n, v in part.items()} for part in self._since_decision],
             "hyperparameters": self.hyperparameters,
             "history": copy.deepcopy(self.history),
             "settings": dict(self._settings),
@@ -266,8 +303,10 @@ class Tuner:
                 raise ValueError(f"the state is of a run with {name}={state['settings'][name]!r}, not {value!r}")
         for sampler, generator in zip(self._samplers(), state["samplers"], strict=False):
             sampler.generator.bit_generator.state = generator
+        self._loop.given = BaseSchedule(**state["given"]) if state["given"] else None
         self._loop.load_state_dict(state["loop"])
-        self._loop.base = BaseSchedule(**state["base"])
+        self._epoch, self._verdict = int(state["epoch"]), state["verdict"]
+        self._since_decision = [{n: np.array([v]) for n, v in part.items()} for part in state["since_decision"]]
         self._binding.write(state["hyperparameters"])
         self.history = copy.deepcopy(list(state["history"]))
         if self._guard and self._model is not None:
@@ -284,13 +323,23 @@ class Tuner:
         """Take the measuring hook off the optimizer."""
         self._meter.close()
 
+    @property
+    def _progress(self) -> float:
+        """Where the middle of the coming epoch lies, 0..1 of the run."""
+        return (self._epoch + 0.5) / self.total_epochs
+
     def _decide(self, signals: dict[str, float], guard: str | None) -> None:
         observation = self._loop.observe()
         action, self._policy_state = self.policy.act(observation, self._policy_state)
-        values = self._loop.decide(action)
-        chosen = {name: float(values[name][0]) for name in self._controls}
-        self._binding.write(chosen)
-        self._write("control", chosen, self.epoch + 1)
+        lost = self.policy.out_of_depth(observation)
+        if lost[0] and not self._warned:
+            self._warned = True
+            _log.warning(
+                "epoch %d: this run looks unlike any that the policy was trained on; the base schedule takes over "
+                "where it does",
+                self.epoch,
+            )
+        chosen = self._apply(self._loop.decide(action, lost, self._progress))
         self.history.append(
             {
                 "epoch": self.epoch,
@@ -299,8 +348,14 @@ class Tuner:
                 "action": action[0].tolist(),
                 "hyperparameters": chosen,
                 "guard": guard,
+                "out_of_depth": bool(lost[0]),
             }
         )
+
+    def _apply(self, values: Mapping[str, Array]) -> dict[str, float]:
+        chosen = {name: float(values[name][0]) for name in self._controls}
+        self._binding.write(chosen)
+        return chosen
 
     def _write(self, group: str, values: Mapping[str, float], epoch: int) -> None:
         if self._writer is not None:

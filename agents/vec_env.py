@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import time
-import traceback
-from collections.abc import Iterable
-from multiprocessing.connection import Connection
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 
 from hpo_env.env import Variation, action_space, observation_space
 from hpo_env.hyperparameters import CONTROLS, Array
 from hpo_env.rewards import leave_one_out
 from hpo_env.vector_env import HPOVectorEnv
 from inner_models.tasks import Task, TaskDistribution
-from inner_models.workers import one_thread_each
 
-Step = tuple[NDArray[np.float32], Array, NDArray[np.bool_], list[dict[str, Any]]]
+from .rollouts import RolloutWorkers, Step
 
 _REWARD_CLIP = 5.0
 
@@ -79,7 +72,8 @@ class RelativeRewards:
         return np.asarray(np.clip(result / self._scales[cohort], -_REWARD_CLIP, _REWARD_CLIP))
 
     def _mix(self, old: float | None, new: float) -> float:
-        return new if old is None else self.MOMENTUM * old + (1 - self.MOMENTUM) * new
+        """A running geometric mean: one wild episode should not make the next ones look small."""
+        return new if old is None else float(old**self.MOMENTUM * max(new, 1e-6) ** (1 - self.MOMENTUM))
 
 
 def task_key(task: Task) -> str:
@@ -134,24 +128,8 @@ class CohortEnv:
         return observations, rewards, over, listed
 
 
-def _serve(connection: Connection, arguments: tuple[Any, ...]) -> None:
-    """A worker process's loop. One thread: at these sizes two processes beat two threads."""
-    torch.set_num_threads(1)
-    try:
-        env = CohortEnv(*arguments)
-        while True:
-            command, argument = connection.recv()
-            if command == "close":
-                return
-            connection.send(("ok", env.reset(argument) if command == "reset" else env.step(argument)))
-    except (EOFError, KeyboardInterrupt):
-        return
-    except Exception:
-        connection.send(("error", traceback.format_exc()))
-
-
-class CohortVecEnv(VecEnv):
-    """stable-baselines3's `VecEnv` over `HPOVectorEnv`s in worker processes.
+class CohortVecEnv(RolloutWorkers):
+    """Cohorts divided among workers.
 
     Args:
         tasks: what to sample from.
@@ -173,89 +151,6 @@ class CohortVecEnv(VecEnv):
     ) -> None:
         if workers and cohorts % workers:
             raise ValueError(f"cohorts must be a multiple of workers, not {cohorts} for {workers}")
-        super().__init__(cohorts * replicas, observation_space(), action_space())
         share = cohorts // max(1, workers)
-        arguments = (tasks, share, replicas, variation or Variation(), device)
-        self._seed_value = seed
-        self._local = CohortEnv(*arguments) if workers == 0 else None
-        self._connections: list[Connection] = []
-        self._processes: list[Any] = []
-        context = multiprocessing.get_context("spawn")
-        with one_thread_each():
-            for _ in range(workers):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, arguments), daemon=True)
-                process.start()
-                theirs.close()
-                self._connections.append(ours)
-                self._processes.append(process)
-
-    def reset(self) -> NDArray[np.float32]:
-        if self._local is not None:
-            return self._local.reset(self._seed_value)
-        share = self.num_envs // len(self._connections)
-        for index, connection in enumerate(self._connections):
-            self._send(connection, ("reset", self._seed_value + index * share))
-        return np.concatenate([self._receive(connection) for connection in self._connections])
-
-    def step_async(self, actions: NDArray[np.float32]) -> None:
-        self._actions = actions
-        for connection, part in zip(self._connections, np.split(actions, max(1, len(self._connections))), strict=False):
-            self._send(connection, ("step", part))
-
-    def step_wait(self) -> Step:
-        if self._local is not None:
-            return self._local.step(self._actions)
-        parts: list[Step] = [self._receive(connection) for connection in self._connections]
-        observations, rewards, dones, infos = zip(*parts, strict=True)
-        return (
-            np.concatenate(observations),
-            np.concatenate(rewards),
-            np.concatenate(dones),
-            [info for part in infos for info in part],
-        )
-
-    def close(self) -> None:
-        for connection in self._connections:
-            self._send(connection, ("close", None))
-        for process in self._processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.terminate()
-        self._connections, self._processes = [], []
-
-    def seed(self, seed: int | None = None) -> list[int | None]:
-        if seed is not None:
-            self._seed_value = seed
-        return [self._seed_value + index for index in range(self.num_envs)]
-
-    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
-        if attr_name == "render_mode":
-            return [None] * self.num_envs
-        raise AttributeError(f"replicas of a cohort have no attributes of their own, such as {attr_name!r}")
-
-    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
-        raise AttributeError(f"replicas of a cohort have no attributes of their own, such as {attr_name!r}")
-
-    def env_method(
-        self, method_name: str, *args: Any, indices: int | Iterable[int] | None = None, **kwargs: Any
-    ) -> list[Any]:
-        raise AttributeError(f"replicas of a cohort have no methods of their own, such as {method_name!r}")
-
-    def env_is_wrapped(self, wrapper_class: type[Any], indices: int | Iterable[int] | None = None) -> list[bool]:
-        return [False] * self.num_envs
-
-    @staticmethod
-    def _send(connection: Connection, message: tuple[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # a worker that is gone: `_receive` says what it died of
-            connection.send(message)
-
-    @staticmethod
-    def _receive(connection: Connection) -> Any:
-        try:
-            status, result = connection.recv()
-        except (EOFError, OSError):
-            raise RuntimeError("a worker process ended unexpectedly; was it killed for memory?") from None
-        if status == "error":
-            raise RuntimeError(f"a worker process failed:\n{result}")
-        return result
+        make = partial(CohortEnv, tasks, share, replicas, variation or Variation(), device)
+        super().__init__(make, cohorts * replicas, observation_space(), action_space(), workers=workers, seed=seed)

@@ -2,62 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from importlib import resources
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo_env.hyperparameters import CONTROLS, Array, Hyperparameter, finite_positive
-
-
-@dataclass(frozen=True)
-class BaseSchedule:
-    """What an untouched run follows: warm-up and cosine decay of the learning rate, the other controls constant.
-
-    Attributes:
-        lr: peak learning rate.
-        warmup: share of the run over which the learning rate rises linearly from zero.
-    """
-
-    lr: float
-    batch_size: float
-    weight_decay: float
-    dropout: float
-    warmup: float = 0.05
-
-    def __post_init__(self) -> None:
-        finite_positive("lr", self.lr)
-        finite_positive("batch_size", self.batch_size)
-        if not (0 <= self.weight_decay < math.inf and 0 <= self.dropout < 1 and 0 <= self.warmup <= 1):
-            raise ValueError(
-                f"weight_decay must not be negative, dropout lie in 0..1 and warmup in 0..1, not {self.weight_decay}, "
-                f"{self.dropout} and {self.warmup}"
-            )
-
-    def values(self, progress: Array) -> dict[str, Array]:
-        """Values over an interval whose middle lies at `progress` (0..1 of the run), in the shape of `progress`."""
-        decay = 0.5 * (1 + np.cos(math.pi * np.clip(progress, 0, 1)))
-        rise = np.minimum(1.0, progress / self.warmup) if self.warmup else np.ones_like(progress)
-        constant = {name: np.full_like(progress, getattr(self, name)) for name in CONTROLS if name != "lr"}
-        return {"lr": self.lr * decay * rise, **constant}
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
-
-
-CALIBRATION_FILE = "base_schedule.json"
-
-
-def calibrated(optimizer: str) -> BaseSchedule:
-    """The base schedule that `scripts/calibrate.py` found best on average over meta-train, for `adamw` or `sgd`."""
-    table = json.loads(resources.files("hpo_env").joinpath(CALIBRATION_FILE).read_text())
-    if optimizer not in table["schedules"]:
-        raise ValueError(f"no calibrated schedule for optimizer {optimizer!r}; known: {', '.join(table['schedules'])}")
-    return BaseSchedule(**table["schedules"][optimizer])
+from hpo_env.hyperparameters import CONTROLS, Array, Hyperparameter
 
 
 @dataclass(frozen=True)
@@ -76,7 +28,7 @@ class Range:
 
 
 RANGES: dict[str, Range] = {
-    "lr": Range(first=math.log(10), step=math.log(2), limit=math.log(30)),
+    "lr": Range(first=math.log(30), step=math.log(2.5), limit=math.log(100)),
     "batch_size": Range(first=math.log(4), step=math.log(2), limit=math.log(16)),
     "weight_decay": Range(first=math.log(30), step=math.log(3), limit=math.log(300)),
     "dropout": Range(first=2.5, step=1.0, limit=5.0),
@@ -87,19 +39,24 @@ _FIRST, _STEP, _LIMIT = (
 )
 
 
-def move(offsets: Array, actions: Array, first: NDArray[np.bool_], max_factor: float = math.inf) -> Array:
-    """New offsets after a decision.
+def move(
+    offsets: Array, actions: Array, first: NDArray[np.bool_], peaks: Mapping[str, Array], max_factor: float = math.inf
+) -> Array:
+    """New offsets after a decision. An offset does not leave what the control's own range leaves room for: else it
+    would have to come all the way back before anything moved again.
 
     Args:
         offsets: `[runs, controls]`, in scale units.
         actions: `[runs, controls]` in -1..1 (clipped); NaN stays.
         first: `[runs]`, whether this is a run's first decision.
+        peaks: control -> `[runs]`, the base value, at its peak over the run.
         max_factor: no offset exceeds the logarithm of this.
     """
     actions = np.where(np.isnan(actions), 0, np.clip(actions, -1, 1))
     reach = np.where(first[:, None], _FIRST, _STEP)
     limit = np.minimum(_LIMIT, math.log(max_factor))
-    return np.asarray(np.clip(offsets + reach * actions, -limit, limit))
+    room = np.array([control.room(peaks[name]) for name, control in CONTROLS.items()]).transpose(1, 2, 0)
+    return np.asarray(np.clip(offsets + reach * actions, np.maximum(-limit, room[0]), np.minimum(limit, room[1])))
 
 
 def apply_offsets(base: Mapping[str, Array], offsets: Array, max_factor: float = math.inf) -> dict[str, Array]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,9 +13,10 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from hpo_env.actions import BaseSchedule, calibrated
+from hpo_env.actions import RANGES
+from hpo_env.base_schedules import BaseSchedule, calibrated_rule
 from hpo_env.control import ControlLoop
-from hpo_env.hyperparameters import CONTROLS, Binding
+from hpo_env.hyperparameters import CONTROLS, Array, Binding
 from hpo_env.observations import HIGH, LOW, feature_table
 from hpo_env.rewards import diverged, log_fall
 from inner_models.replicated_layers import parameter_count
@@ -33,18 +36,23 @@ class Variation:
 
     Attributes:
         mask_probability: chance that a control other than `lr` is taken away and stands at a random value.
-        start_probability: chance that the base learning rate is multiplied by a log-uniform factor
-            in 1 / start_factor .. start_factor.
+        start_probability: chance that the base schedule is off: its learning rate by a log-uniform factor in
+            1 / start_factor .. start_factor, each other control, in half of these episodes, by up to the reach of a
+            first decision.
         blind_probability: chance that the loss before training is not observed.
+        untold_probability: chance that the length of the run is not told before its first interval.
+        unmeasured_probability: chance that gradient statistics are never observed.
     """
 
     mask_probability: float = 0.0
     start_probability: float = 0.0
-    start_factor: float = 10.0
+    start_factor: float = 100.0
     blind_probability: float = 0.0
+    untold_probability: float = 0.0
+    unmeasured_probability: float = 0.0
 
     def __post_init__(self) -> None:
-        probabilities = (self.mask_probability, self.start_probability, self.blind_probability)
+        probabilities = [value for name, value in vars(self).items() if name.endswith("probability")]
         if not (all(0 <= probability <= 1 for probability in probabilities) and self.start_factor >= 1):
             raise ValueError(f"probabilities must lie in 0..1 and start_factor be at least 1, not {self}")
 
@@ -56,14 +64,18 @@ class Episode:
     Attributes:
         seed: seed of the inner training.
         fixed: controls taken away, and the values they stand at.
-        lr_scale: factor on the base learning rate.
+        shifts: by how much the base schedule is off, in scale units, one entry a control.
         blind: whether the loss before training is not observed.
+        untold: whether the length of the run is not told before its first interval.
+        unmeasured: whether gradient statistics are never observed.
     """
 
     seed: int
     fixed: dict[str, float]
-    lr_scale: float
+    shifts: tuple[float, ...]
     blind: bool
+    untold: bool
+    unmeasured: bool
 
 
 def draw_episode(rng: np.random.Generator, variation: Variation) -> Episode:
@@ -71,14 +83,28 @@ def draw_episode(rng: np.random.Generator, variation: Variation) -> Episode:
     seed = int(rng.integers(2**31))
     taken = rng.random(len(CONTROLS)) < variation.mask_probability
     values = rng.random(len(CONTROLS))
-    perturbed, factor = rng.random() < variation.start_probability, rng.uniform(-1, 1)
-    blind = bool(rng.random() < variation.blind_probability)
+    perturbed, off = rng.random() < variation.start_probability, rng.random(len(CONTROLS)) < 0.5
+    reach = [math.log(variation.start_factor) if name == "lr" else RANGES[name].first for name in CONTROLS]
+    shifts = np.where([perturbed and (name == "lr" or off[i]) for i, name in enumerate(CONTROLS)], reach, 0.0)
+    shifts = shifts * rng.uniform(-1, 1, len(CONTROLS))
+    hidden = rng.random(3) < [
+        variation.blind_probability,
+        variation.untold_probability,
+        variation.unmeasured_probability,
+    ]
     fixed = {
         name: float(control.denormalize(np.asarray(unit)))
         for (name, control), mask, unit in zip(CONTROLS.items(), taken, values, strict=True)
         if mask and name != "lr"
     }
-    return Episode(seed, fixed, float(variation.start_factor**factor) if perturbed else 1.0, blind)
+    return Episode(seed, fixed, tuple(shifts.tolist()), *(bool(hide) for hide in hidden))
+
+
+def unmeasured(signals: Mapping[str, Array], hidden: NDArray[np.bool_]) -> dict[str, Array]:
+    """`signals` `[runs]` with the gradient statistics of some runs, `hidden` `[runs]`, missing."""
+    return {
+        name: values if name.endswith("_loss") else np.where(hidden, np.nan, values) for name, values in signals.items()
+    }
 
 
 def resolve_tasks(task: Task | str | None, tasks: TaskDistribution | None) -> Task | TaskDistribution:
@@ -108,12 +134,12 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
 
     ## Action space
     `Box(-1, 1, ({len(CONTROLS)},))`: one entry a control. Each moves the control's offset from the base schedule
-    (calibrated AdamW or SGD with warm-up and cosine decay) on the control's own scale; 0 keeps the offset. The first
-    action reaches further: it chooses the start.
+    (AdamW or SGD calibrated for the run's length and size, with warm-up and cosine decay) on the control's own scale;
+    0 keeps the offset. The first action reaches further: it chooses the start.
 
     | entry | control | scale | first action, up to | later actions, up to |
     |---|---|---|---|---|
-    | 0 | `lr` | log | x10 | x2 |
+    | 0 | `lr` | log | x30 | x2.5 |
     | 1 | `batch_size` | log, multiples of 16 | x4 | x2 |
     | 2 | `weight_decay` | log | x30 | x3 |
     | 3 | `dropout` | logit | +-2.5 | +-1 |
@@ -141,7 +167,7 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
     ## Arguments
     - `task`: a `Task` or the name of one (`digits/mlp`), or `tasks`: a `TaskDistribution` to sample one each episode.
     - `variation`: further things to draw each episode (`Variation`).
-    - `base`: the base schedule; calibrated for the task's optimizer when None.
+    - `base`: the base schedule; that of the calibrated rule when None.
     - `device`, `dtype`: where and in what precision the inner training runs.
     """
 
@@ -179,7 +205,8 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
         self._loop = ControlLoop(
             1,
             horizon=task.horizon,
-            base=self._base or calibrated(task.optimizer),
+            rule=calibrated_rule(task.optimizer),
+            given=self._base,
             parameters=parameter_count(training.model),
             momentum_sgd=task.optimizer == "sgd",
         )
@@ -188,11 +215,14 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
         self._loop.restart(
             [0],
             {"val_loss": np.where(episode.blind, np.nan, self._initial)},
+            examples=np.array([np.nan if episode.untold else training.data.interval_examples * task.horizon]),
             fixed=[{**episode.fixed, **lacking}],
-            lr_scale=np.array([episode.lr_scale]),
+            shifts=np.array([episode.shifts]),
         )
+        self._unmeasured = np.array([episode.unmeasured])
         self._over = False
-        return self._loop.observe()[0], self._info({"train_loss": np.nan, "val_loss": float(self._initial[0])}, False)
+        losses = {"train_loss": np.nan, "val_loss": float(self._initial[0])}
+        return self._loop.observe()[0], self._info(losses, self._loop.values(), False)
 
     def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         if self._training is None or self._over:
@@ -203,15 +233,16 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
         values = self._loop.decide(action.astype(np.float64)[None])
         self._binding.write({name: float(values[name][0]) for name in self._binding.available})
         signals = self._training.advance()
-        self._loop.record({name: np.array([value]) for name, value in signals.items()})
+        self._loop.tell_examples(self._training.data.interval_examples * self.task.horizon)
+        self._loop.record(unmeasured({n: np.array([value]) for n, value in signals.items()}, self._unmeasured))
         val_loss = np.array([signals["val_loss"]])
         reward = float(log_fall(self._previous, val_loss, self._initial)[0])
         lost = bool(diverged(np.array([signals["train_loss"]]), val_loss, self._initial)[0])
         self._previous = val_loss
         self._over = lost or int(self._loop.state.telemetry.interval[0]) >= self.task.horizon
-        return self._loop.observe()[0], reward, self._over, False, self._info(signals, lost)
+        return self._loop.observe()[0], reward, self._over, False, self._info(signals, values, lost)
 
-    def _info(self, signals: dict[str, float], lost: bool) -> dict[str, Any]:
-        values = {name: float(value[0]) for name, value in self._loop.values().items()}
+    @staticmethod
+    def _info(signals: Mapping[str, float], values: Mapping[str, Array], lost: bool) -> dict[str, Any]:
         losses = {name: float(signals[name]) for name in ("train_loss", "val_loss")}
-        return {**losses, "diverged": lost, **values}
+        return {**losses, "diverged": lost, **{name: float(value[0]) for name, value in values.items()}}

@@ -65,6 +65,14 @@ class Hyperparameter:
         value = np.clip(value, self.low, self.high)
         return np.rint(value / self.multiple) * self.multiple if self.multiple else value
 
+    def room(self, value: Array) -> tuple[Array, Array]:
+        """How far `value` can move down (0 or below) and up (0 or above), in scale units: within the range, but for a
+        rate that already lies below it, which may fall further."""
+        low, high = self._bounds
+        at = self.to_scale(value)
+        below = (value > 0) & (value < self.low) if self.scale == "log" and not self.multiple else np.False_
+        return np.where(below, -np.inf, low - at), high - at
+
     def normalize(self, value: Array) -> Array:
         """Value -> 0..1 on its scale."""
         low, high = self._bounds

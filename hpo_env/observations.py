@@ -27,19 +27,23 @@ class RunState:
     Attributes:
         telemetry: signal histories.
         offsets: `[runs, controls]`, distance from the base schedule in scale units.
+        distances: `[runs, controls]`, the same from the rule's schedule, where the base is another one.
         actions: `[runs, controls]`, the last action.
         values: `[runs, controls]`, the values in use.
         available: `[runs, controls]`, whether the run has the control.
         parameters: `[runs]`, trainable parameters of the inner model.
+        examples: `[runs]`, training examples of the whole run; NaN where not known.
         momentum_sgd: `[runs]`, whether the optimizer is SGD.
     """
 
     telemetry: Telemetry
     offsets: Array
+    distances: Array
     actions: Array
     values: Array
     available: NDArray[np.bool_]
     parameters: Array
+    examples: Array
     momentum_sgd: NDArray[np.bool_]
 
 
@@ -73,6 +77,16 @@ def relative_difference(a: Array, b: Array) -> Array:
 
 def _change(signal: str, lag: int) -> Callable[[RunState], Pair]:
     return lambda s: (s.telemetry.value(signal), s.telemetry.value(signal, lag))
+
+
+def _change_over(signal: str, share: int) -> Callable[[RunState], Pair]:
+    """The change over one `share`-th of the run."""
+
+    def formula(s: RunState) -> Pair:
+        lag = max(1, round(int(s.telemetry.horizon[0]) / share))
+        return s.telemetry.value(signal), s.telemetry.value(signal, lag)
+
+    return formula
 
 
 def _since_start(signal: str) -> Callable[[RunState], Pair]:
@@ -147,8 +161,8 @@ def _of_control(index: int, name: str) -> list[Feature]:
             lambda s: np.where(s.available[:, index], control.normalize(s.values[:, index]), 0.0),
         ),
         Feature(
-            f"{name}_offset", -1, 1, f"offset of {name} from the base schedule, in limits",
-            lambda s: s.offsets[:, index] / limit,
+            f"{name}_offset", -2, 2, f"distance of {name} from the base rule's value, in limits of an offset",
+            lambda s: np.where(s.available[:, index], s.distances[:, index] / limit, 0.0),
         ),
         Feature(f"{name}_action", -1, 1, f"last action on {name}", lambda s: s.actions[:, index]),
         Feature(
@@ -163,6 +177,9 @@ FEATURES: tuple[Feature, ...] = (
             lambda s: s.telemetry.interval / s.telemetry.horizon),
     Feature("horizon", 0, 1.5, "log2(intervals in the run) / 8", lambda s: np.log2(s.telemetry.horizon) / 8),
     Feature("parameters", 0, 1.5, "log10(trainable parameters) / 8", lambda s: np.log10(s.parameters) / 8),
+    Feature("examples", 0, 1.5, "log10(training examples of the whole run) / 8; 0 while not known",
+            lambda s: np.log10(s.examples) / 8),
+    Feature("examples_known", 0, 1, "whether they are", lambda s: np.isfinite(s.examples).astype(np.float64)),
     Feature("momentum_sgd", 0, 1, "1 if the optimizer is SGD, 0 if it is adaptive",
             lambda s: s.momentum_sgd.astype(np.float64)),
     Feature("first_decision", 0, 1, "1 before training, 0 afterwards",
@@ -171,7 +188,12 @@ FEATURES: tuple[Feature, ...] = (
       for lag in (1, 2, 4, 8)),
     *(Feature(f"train_change_{lag}", -2, 2, f"r(training loss, that of {lag} intervals ago)",
               _change("train_loss", lag)) for lag in (1, 2, 4)),
+    *(Feature(f"{short}_change_{name}", -2, 2, f"r({long} loss, that of 1/{share} of the run ago)",
+              _change_over(f"{short}_loss", share))
+      for short, long in (("val", "validation"), ("train", "training"))
+      for name, share in (("eighth", 8), ("third", 3))),
     Feature("val_since_start", -2, 2, "r(validation loss, its first value)", _since_start("val_loss")),
+    Feature("train_since_start", -2, 2, "r(training loss, its first value)", _since_start("train_loss")),
     Feature("val_above_best", 0, 2, "r(validation loss, the run's best)", _above_best),
     Feature("since_best", 0, 1, "intervals since the best validation loss / intervals in the run", _since_best),
     Feature("val_rank", 0, 1, "share of the run's earlier validation losses that were lower", _rank),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,23 @@ from hpo_env.hyperparameters import Array
 from inner_models.signals import SIGNALS
 
 _INDEX = {name: index for index, name in enumerate(SIGNALS)}
+
+
+def combined(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """The signals of consecutive epochs, `[runs]` each, as those of one interval: the last validation loss there is,
+    the means of the others, and for `update_ratio` the distance that a random walk of these steps would cover."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    found = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        column = np.array([part[name] for part in parts if name in part])
+        if name == "val_loss":
+            found[name] = column[-1]
+        elif name == "update_ratio":
+            found[name] = np.sqrt(np.square(column).sum(axis=0))
+        else:
+            found[name] = column.mean(axis=0)
+    return found
 
 
 class Telemetry:

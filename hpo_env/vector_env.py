@@ -13,9 +13,18 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from hpo_env.actions import BaseSchedule, calibrated
+from hpo_env.base_schedules import BaseSchedule, calibrated_rule
 from hpo_env.control import ControlLoop
-from hpo_env.env import INFO_KEYS, Variation, action_space, draw_episode, observation_space, resolve_tasks
+from hpo_env.env import (
+    INFO_KEYS,
+    Episode,
+    Variation,
+    action_space,
+    draw_episode,
+    observation_space,
+    resolve_tasks,
+    unmeasured,
+)
 from hpo_env.hyperparameters import Array
 from hpo_env.rewards import diverged, log_fall
 from inner_models.batched_training import BatchedTraining
@@ -28,8 +37,9 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
     """`HPOEnv` over the batched engine: the same episodes, step by step, for equal seeds.
 
     The sub-environments are divided into cohorts of equal size. The replicas of a cohort share a task and train as one
-    batch. With a task distribution, a cohort draws a new task once the task's horizon is over; a replica that ends
-    early (diverged) starts again on the same task, and is truncated if its cohort moves on before it is done.
+    batch. With a task distribution, a cohort draws a new task once the task's horizon is over, and with it one episode
+    for all its replicas (the seed of the inner training included: what they differ in is what they do); a replica that
+    ends early (diverged) starts that episode again, and is truncated if its cohort moves on before it is done.
 
     Autoreset happens in the same step (`AutoresetMode.SAME_STEP`): `infos["final_obs"]` and `infos["final_info"]` hold
     the end of the old episode. `reset(seed=s)` gives sub-environment i the seed s + i, as Gymnasium's own do.
@@ -165,7 +175,8 @@ class _Cohort:
             # One draw a cohort; a single replica's episode then equals HPOEnv's with the same seed.
             task = self._source if isinstance(self._source, Task) else self._source.sample(self._rngs[0])
         self.task = task
-        episodes = [draw_episode(rng, self._variation) for rng in self._rngs]
+        self._drawn: Episode | None = None
+        episodes = self._draw(range(self._size))
         data = prepare(task)
         self._training = BatchedTraining(
             task, [e.seed for e in episodes], data=data, device=self._device, dtype=self._dtype
@@ -173,10 +184,13 @@ class _Cohort:
         self.loop = ControlLoop(
             self._size,
             horizon=task.horizon,
-            base=self._base or calibrated(task.optimizer),
+            rule=calibrated_rule(task.optimizer),
+            given=self._base,
             parameters=self._training.parameters,
             momentum_sgd=task.optimizer == "sgd",
         )
+        self._examples = float(data.interval_examples * task.horizon)
+        self._unmeasured = np.zeros(self._size, bool)
         self._age = 0
         self._initial = np.zeros(self._size)
         self._previous = np.zeros(self._size)
@@ -185,7 +199,14 @@ class _Cohort:
         }
         self._restart(list(range(self._size)), episodes)
 
-    def _restart(self, rows: list[int], episodes: Sequence[Any]) -> None:
+    def _draw(self, rows: Sequence[int]) -> list[Episode]:
+        """An episode for each of `rows`: one of its own, or the cohort's, where that shares a drawn task."""
+        if isinstance(self._source, Task):
+            return [draw_episode(self._rngs[row], self._variation) for row in rows]
+        self._drawn = self._drawn or draw_episode(self._rngs[0], self._variation)
+        return [self._drawn] * len(rows)
+
+    def _restart(self, rows: list[int], episodes: Sequence[Episode]) -> None:
         assert self._training is not None
         losses = self._training.evaluate("val")[rows]
         self._initial[rows] = self._previous[rows] = losses
@@ -193,9 +214,11 @@ class _Cohort:
         self.loop.restart(
             rows,
             {"val_loss": np.where([e.blind for e in episodes], np.nan, losses)},
+            examples=np.where([e.untold for e in episodes], np.nan, self._examples),
             fixed=[{**e.fixed, **{name: e.fixed.get(name, 0.0) for name in lacking}} for e in episodes],
-            lr_scale=np.array([e.lr_scale for e in episodes]),
+            shifts=np.array([e.shifts for e in episodes]),
         )
+        self._unmeasured[rows] = [e.unmeasured for e in episodes]
         self.info["train_loss"][rows], self.info["val_loss"][rows] = np.nan, losses
         self.info["diverged"][rows] = False
         for name, values in self.loop.values().items():
@@ -206,7 +229,8 @@ class _Cohort:
             raise gymnasium.error.ResetNeeded("call reset() before step(): there is no episode under way")
         values = self.loop.decide(actions)
         signals = self._training.advance(values)
-        self.loop.record(signals)
+        self.loop.tell_examples(self._examples)
+        self.loop.record(unmeasured(signals, self._unmeasured))
         self.rewards = log_fall(self._previous, signals["val_loss"], self._initial)
         lost = diverged(signals["train_loss"], signals["val_loss"], self._initial)
         self._previous = signals["val_loss"]
@@ -225,7 +249,7 @@ class _Cohort:
             self._begin()
         elif over.any():
             rows = np.flatnonzero(over).tolist()
-            episodes = [draw_episode(self._rngs[row], self._variation) for row in rows]
+            episodes = self._draw(rows)
             for row, episode in zip(rows, episodes, strict=True):
                 self._training.restart(row, episode.seed)
             self._restart(rows, episodes)

@@ -259,7 +259,8 @@ class _Block:
             if plan.any_measured[step]:
                 sums += measured[step] * self._measure(gradients, momentum, columns[step])
             if plan.any_full[step]:
-                update(values, gradients, *moments, job.decays, columns[step], not fresh)
+                # A copy: compiled code would be made anew for a view that begins elsewhere.
+                update(values, gradients, *moments, job.decays, columns[step].clone(), not fresh)
         norms = torch.linalg.vector_norm(values, dim=1)
         moved = torch.linalg.vector_norm(start.sub_(values), dim=1)
         count, norm, square, cosine = sums

@@ -403,6 +403,7 @@ _SKTIME = {
     "osu-leaf": "OSULeaf",
 }
 _FAMILIES: dict[str, tuple[Modality, Callable[[int, Generator], generators.Sample], int]] = {
+    "function": ("table", generators.function, 16),
     "images": ("image", generators.images, 8),
     "markov-text": ("text", partial(generators.markov_text, length=WINDOW), 8),
     "teacher": ("table", generators.teacher, 32),

@@ -6,6 +6,7 @@ any source: integer classes `[rows]`, integer tokens `[rows, length]` or numbers
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,29 @@ def teacher(number: int, rng: Generator) -> Sample:
     labels = ((logits - logits.mean(axis=0)) / logits.std(axis=0)).argmax(axis=1)  # no class starves
     labels = np.where(rng.random(rows) < noise, rng.integers(classes, size=rows), labels)
     return inputs, np.unique(labels, return_inverse=True)[1]  # numbered without gaps
+
+
+def function(number: int, rng: Generator) -> Sample:
+    """Values of a random tanh network of some of the inputs, in noise of constant or of varying size, some of it wild.
+
+    Inputs are mixtures of independent ones, heavy-tailed in every other problem, beside 0/1 columns.
+    """
+    problem = np.random.default_rng([5, number])
+    features, rows = int(problem.integers(6, 31)), int(problem.integers(1000, 8001))
+    relevant = int(problem.integers(3, features + 1))
+    mixing = np.eye(features) + problem.normal(size=(features, features)) * 0.5 / np.sqrt(features)
+    hidden = problem.normal(size=(relevant, 24)) * problem.uniform(0.7, 2.0) / np.sqrt(relevant)
+    readout, noise = problem.normal(size=24), math.exp(problem.uniform(math.log(0.05), math.log(1.0)))
+    binary = problem.random(features) < 0.3
+    wild, uneven = number % 2 == 1, problem.random() < 0.5
+    inputs = rng.normal(size=(rows, features)) @ mixing
+    if wild:
+        inputs = np.sinh(inputs)
+    inputs = np.where(binary, inputs > 0, inputs)
+    signal = np.tanh(inputs[:, :relevant] @ hidden) @ readout
+    size = noise * signal.std() * (np.exp(0.7 * inputs[:, 0].clip(-2, 2)) if uneven else 1.0)
+    error = rng.standard_t(3, size=rows) / math.sqrt(3) if wild else rng.normal(size=rows)
+    return inputs, (signal + size * error)[:, None]
 
 
 def friedman(rng: Generator) -> Sample:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-MEASURE_EVERY = 4
+MEASURE_EVERY = 8
 
 SIGNALS: dict[str, str] = {
     "train_loss": "mean loss of the interval's training batches, as trained on (dropout active)",
@@ -88,6 +88,11 @@ class GradientMeter:
         }
         self.begin()
         return signals
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the interval so far."""
+        return self._steps
 
     def close(self) -> None:
         """Detach from the optimizer."""

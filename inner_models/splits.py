@@ -13,6 +13,7 @@ _TABLES = (
     "vehicle", "pima", "ionosphere", "banana", "ring", "twonorm", "friedman",
 )  # fmt: skip
 _TEACHERS = tuple(f"teacher-{number}" for number in range(24))
+_FUNCTIONS = tuple(f"function-{number}" for number in range(12))
 _IMAGES = ("digits", "optdigits", *(f"images-{number}" for number in range(6)))
 _SEQUENCES = (
     "gun-point",
@@ -31,6 +32,7 @@ META_TRAIN = TaskDistribution(
     entries=(
         *((name, _TABLE_KINDS) for name in _TABLES),
         *((name, _TABLE_KINDS) for name in _TEACHERS),
+        *((name, ("mlp", "mlp", "mlp", "linear")) for name in _FUNCTIONS),
         *((name, ("mlp", "cnn", "cnn", "autoencoder")) for name in _IMAGES),
         *((name, ("mlp", "gru", "gru", "transformer")) for name in _SEQUENCES),
         *((name, ("gru", "transformer")) for name in _TEXTS),
@@ -44,7 +46,7 @@ META_TRAIN_SMALL = TaskDistribution(
     depths=(1, 2),
     optimizers=("adamw",),
     horizons=(8, 16),
-    interval_examples=(256, 512),
+    examples=(2048, 8192),
     train_rows=(96, 768),
     eval_rows=256,
 )

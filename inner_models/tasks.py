@@ -158,6 +158,9 @@ def elementwise_loss(outputs: Tensor, targets: Tensor, loss: Loss) -> Tensor:
 COST_SHARE: dict[str, float] = {"cnn": 0.3, "gru": 0.25, "transformer": 0.25}
 """Share of the examples that a sampled task of this kind gets: each takes several times an MLP's time an example."""
 
+FULL_SHARE_WIDTH = 64
+"""Width up to which a sampled task gets all its examples; a wider one gets fewer, in proportion."""
+
 
 @dataclass(frozen=True)
 class TaskDistribution:
@@ -169,37 +172,39 @@ class TaskDistribution:
         depths: range of the depth; at most 2 for GRU, transformer and autoencoder.
         optimizers: drawn uniformly from this tuple, so repetition gives weight.
         horizons: range of intervals an episode.
-        interval_examples: range of examples an interval.
+        examples: range of training examples an episode; at least two micro-batches an interval.
         train_rows: range of the training subset's size, capped at what there is.
         eval_rows: validation rows used.
         noisy_share: share of tasks with label noise, drawn uniformly from 0.05..0.3.
     """
 
     entries: tuple[tuple[str, tuple[ModelKind, ...]], ...]
-    widths: tuple[int, int] = (16, 96)
-    depths: tuple[int, int] = (1, 3)
+    widths: tuple[int, int] = (12, 256)
+    depths: tuple[int, int] = (1, 4)
     optimizers: tuple[OptimizerName, ...] = ("adamw", "adamw", "adamw", "sgd")
-    horizons: tuple[int, int] = (8, 48)
-    interval_examples: tuple[int, int] = (128, 2048)
-    train_rows: tuple[int, int] = (96, 2048)
+    horizons: tuple[int, int] = (8, 64)
+    examples: tuple[int, int] = (1024, 131_072)
+    train_rows: tuple[int, int] = (48, 8192)
     eval_rows: int = 384
     noisy_share: float = 0.3
 
     def __post_init__(self) -> None:
         if not self.entries or not self.optimizers:
             raise ValueError("a task distribution needs at least one entry and one optimizer")
-        for name in ("widths", "depths", "horizons", "interval_examples", "train_rows"):
+        for name in ("widths", "depths", "horizons", "examples", "train_rows"):
             low, high = getattr(self, name)
             if not 1 <= low <= high:
                 raise ValueError(f"{name} must be a range of positive numbers, low to high, not {low}..{high}")
 
     def sample(self, rng: np.random.Generator) -> Task:
-        """Draw a task. Costly model kinds get fewer examples an interval (`COST_SHARE`)."""
+        """Draw a task. Costly models, by kind (`COST_SHARE`) and width, get fewer examples."""
         dataset, kinds = self.entries[rng.integers(len(self.entries))]
         kind = kinds[rng.integers(len(kinds))]
         width = _log_uniform_int(rng, *self.widths)
         depth = int(rng.integers(self.depths[0], self.depths[1] + 1))
         share = COST_SHARE.get(kind, 1.0)
+        examples = share * min(1.0, FULL_SHARE_WIDTH / width) * _log_uniform_int(rng, *self.examples)
+        horizon = _log_uniform_int(rng, *self.horizons)
         if kind == "cnn":
             width = max(4, width // 4)
         elif kind in ("gru", "transformer"):
@@ -218,8 +223,8 @@ class TaskDistribution:
             dataset=dataset,
             model=spec,
             optimizer=_choice(rng, self.optimizers),
-            horizon=_log_uniform_int(rng, *self.horizons),
-            interval_examples=max(MICRO_BATCH, int(share * _log_uniform_int(rng, *self.interval_examples))),
+            horizon=horizon,
+            interval_examples=max(2 * MICRO_BATCH, int(examples / horizon)),
             train_rows=_log_uniform_int(rng, *self.train_rows),
             eval_rows=max(128, int(share * self.eval_rows)),
             label_noise=float(rng.uniform(0.05, 0.3)) if noisy else 0.0,

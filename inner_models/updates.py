@@ -23,7 +23,6 @@ COMPILE_AFTER = 5.0
 _log = logging.getLogger("hyperpilot")
 
 
-@torch.no_grad()
 def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, decays: Tensor, columns: Tensor, clear: bool) -> None:
     """AdamW (Loshchilov & Hutter 2019) as in `torch.optim.AdamW`; replicas whose batch is not full stay as they are.
 
@@ -44,7 +43,6 @@ def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, decays: Tensor, columns: T
         g.mul_(scale == 0)
 
 
-@torch.no_grad()
 def sgd(p: Tensor, g: Tensor, m: Tensor, decays: Tensor, columns: Tensor, clear: bool) -> None:
     """SGD with momentum as in `torch.optim.SGD`; replicas whose batch is not full stay as they are.
 

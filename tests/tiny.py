@@ -6,9 +6,9 @@ import torch
 
 from agents.policy import ControlPolicy, PolicyHeader
 from agents.presets import MetaTrainingConfig
-from hpo_env.actions import calibrated
 from inner_models.models import ModelSpec
 from inner_models.tasks import Task, TaskDistribution
+from tests.rules import RULES
 
 TINY = TaskDistribution(
     entries=(("digits", ("mlp",)), ("wine", ("mlp",))),
@@ -16,7 +16,7 @@ TINY = TaskDistribution(
     depths=(1, 1),
     optimizers=("adamw",),
     horizons=(3, 5),
-    interval_examples=(32, 64),
+    examples=(128, 256),
     train_rows=(64, 96),
     eval_rows=128,
 )
@@ -36,7 +36,7 @@ TINY_CONFIG = MetaTrainingConfig(
 
 def random_policy(seed: int = 0, scale: float = 1.0) -> ControlPolicy:
     """A policy whose decisions depend on what it sees."""
-    header = PolicyHeader(hidden=(16,), base_schedules={kind: calibrated(kind).to_dict() for kind in ("adamw", "sgd")})
+    header = PolicyHeader(hidden=(16,), base_rules={kind: rule.to_dict() for kind, rule in RULES.items()})
     generator = torch.Generator().manual_seed(seed)
     policy = ControlPolicy(header)
     for parameter in policy.parameters():

@@ -13,12 +13,13 @@ from unittest.mock import patch
 
 import numpy as np
 from stable_baselines3 import PPO
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from agents.ppo import meta_train
+from agents.ppo import build, meta_train
 from agents.presets import MetaTrainingConfig
-from agents.vec_env import CohortEnv, CohortVecEnv
+from agents.rollouts import RolloutPPO
+from agents.vec_env import CohortVecEnv
 from inner_models.batched_training import BatchedTraining
 from inner_models.models import ModelSpec
 from inner_models.tasks import Task
@@ -64,26 +65,31 @@ class WorkersShare:
     """A worker's cohorts, in place of those that a meta-training keeps out of reach in its worker processes."""
 
     def __init__(self, config: MetaTrainingConfig, workers: int, device: str) -> None:
-        self._env = CohortEnv(
-            config.tasks, config.cohorts // max(1, workers), config.replicas, config.variation, device
+        cohorts = config.cohorts // max(1, workers)
+        self._env = CohortVecEnv(
+            config.tasks, cohorts=cohorts, replicas=config.replicas, variation=config.variation, device=device
         )
-        self._env.reset(0)
+        self._actor = build(config, self._env).actor
 
-    def inner_share(self, steps: int) -> float:
-        """Share of a step that is inner training (data, initialization, training, evaluation)."""
-        inner, started = Clock(), time.perf_counter()
-        rng = np.random.default_rng(0)
-        with inner.watch(BatchedTraining, "__init__", "advance", "evaluate", "restart"):
-            for _ in range(steps):
-                self._env.step(rng.uniform(-0.3, 0.3, self._env.env.action_space.shape or ()).astype(np.float32))
-        return inner.since(0) / (time.perf_counter() - started)
+    def split(self, steps: int) -> tuple[float, float]:
+        """Shares of a rollout's time: inner training (data, initialization, training, evaluation), and the policy."""
+        first = self._env.reset()
+        inner, policy, started = Clock(), Clock(), time.perf_counter()
+        with (
+            inner.watch(BatchedTraining, "__init__", "advance", "evaluate", "restart"),
+            policy.watch(ActorCriticPolicy, "forward"),
+        ):
+            for _ in self._env.collect(self._actor, first, steps):
+                pass
+        seconds = time.perf_counter() - started
+        return inner.since(0) / seconds, policy.since(0) / seconds
 
 
 def iteration_split(config: MetaTrainingConfig, iterations: int, device: str) -> dict[str, Any]:
     """Shares of an iteration's time, of a real meta-training without meta-validation, its first iteration left out.
 
-    Inner training and observation (with decisions, rewards and all else that `CohortEnv` does) together are what the
-    learner waits for; their proportion is measured afterwards, in as many processes over the same task distribution.
+    Inner training, policy and observation (with decisions, rewards and all else that workers do) together are what the
+    learner waits for; their proportions are measured afterwards, in as many processes over the same task distribution.
     """
     decisions = config.cohorts * config.replicas * config.rollout_steps
     config = replace(
@@ -91,23 +97,23 @@ def iteration_split(config: MetaTrainingConfig, iterations: int, device: str) ->
         validate_every=10**9,
     )  # fmt: skip
     workers = config.workers if device == "cpu" else 0
-    rollout, update, policy, wait = Clock(), Clock(), Clock(), Clock()
+    rollout, update, other = Clock(), Clock(), Clock()
     with ExitStack() as stack:
-        stack.enter_context(rollout.watch(OnPolicyAlgorithm, "collect_rollouts"))
+        stack.enter_context(rollout.watch(RolloutPPO, "collect_rollouts"))
         stack.enter_context(update.watch(PPO, "train"))
-        stack.enter_context(policy.watch(ActorCriticPolicy, "forward"))
-        stack.enter_context(wait.watch(CohortVecEnv, "step_async", "step_wait"))
+        stack.enter_context(other.watch(BaseCallback, "on_rollout_start", "on_step"))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         meta_train(config, Path(folder) / "run", device=device)
     with Crew(workers) as crew:
         crew.build("share", WorkersShare, config, workers, device)
-        inner = float(np.mean(crew.call("share", "inner_share", max(1, config.rollout_steps // 2))))
+        inner, policy = np.mean(crew.call("share", "split", max(1, config.rollout_steps // 2)), axis=0).tolist()
     warm_up = 1 / (1 + iterations)
     total = rollout.since(warm_up) + update.since(warm_up)
+    wait = (rollout.since(warm_up) - other.since(warm_up)) / total
     shares = {
-        "inner_training": inner * wait.since(warm_up) / total,
-        "observation_and_reward": (1 - inner) * wait.since(warm_up) / total,
-        "policy": policy.since(warm_up) / total,
+        "inner_training": inner * wait,
+        "observation_and_reward": (1 - inner - policy) * wait,
+        "policy": policy * wait,
         "ppo_update": update.since(warm_up) / total,
     }
     return {

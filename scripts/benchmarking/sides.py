@@ -21,7 +21,8 @@ from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hpo_env.actions import RANGES, BaseSchedule, calibrated
+from hpo_env.actions import RANGES
+from hpo_env.base_schedules import BaseSchedule, calibrated
 from hpo_env.env import HPOEnv
 from hpo_env.hyperparameters import CONTROLS
 from hpo_env.vector_env import HPOVectorEnv

@@ -14,7 +14,7 @@ from agents import population_based, searches
 from agents.evaluation import BASELINES, Budget
 from agents.schedules import DEFAULTS
 from agents.summary import MEASURES, REFERENCE
-from hpo_env.actions import calibrated
+from hpo_env.base_schedules import calibrated
 from hpo_env.hyperparameters import CONTROLS
 from hpo_env.rewards import CEILING
 
@@ -23,7 +23,7 @@ NOT_REACHED = "not reached"
 _WORDS = {name: "learning rate" if name == "lr" else name.replace("_", " ") for name in CONTROLS}
 
 SETTINGS: dict[str, str] = {
-    "calibrated": "calibrated values, warm-up over 5 % of the run, cosine decay to 0; what the policy deviates from",
+    "calibrated": "calibrated values, warm-up over 5 % of the run, cosine decay to 0",
     "cosine": "default values, warm-up over 5 % of the run, cosine decay to 0",
     "constant": "default values, never changed",
     "plateau": "default values, ReduceLROnPlateau: learning rate x 0.5 after a tenth of the run (at least 2 intervals) "
@@ -39,10 +39,11 @@ SETTINGS: dict[str, str] = {
     "hypergradient": "default values, hypergradient descent on the learning rate at every step: Adam-HD with its "
     "authors' beta of 1e-7 (SGD-HD with 1e-3), which moves the rate of so short runs little",
     **{
-        f"{name}-only": f"the policy moves the {words} alone, without the guard, the rest is as in `calibrated`"
+        f"{name}-only": f"the policy moves the {words} alone, without the guard, the rest is as in `base-rule`"
         for name, words in _WORDS.items()
     },
-    "lr-and-batch-size": "the policy moves these two, without the guard, the rest is as in `calibrated`",
+    "lr-and-batch-size": "the policy moves these two, without the guard, the rest is as in `base-rule`",
+    "base-rule": "the schedule that the policy deviates from: the calibrated one, fitted to the run's length and size",
     "blanked": "the policy with every measured feature at its mean in meta-training, after the first decision",
     "shuffled": "the policy, shown at each decision the measured features of a random run of another task at that "
     "progress",
@@ -52,10 +53,11 @@ SETTINGS: dict[str, str] = {
     "a tie says that it adapts to the task, not to the run",
     "without-guard": "the policy without the guard against divergence",
     "with-initial-loss": "the policy, told the validation loss before training",
+    "length-not-told": "the policy, not told the number of training examples before the first interval is over",
 }
 """How each method of one trial is set up, in a line."""
 
-_VARIANTS = ("replay-same-task", "without-guard", "with-initial-loss")
+_VARIANTS = ("replay-same-task", "without-guard", "with-initial-loss", "length-not-told")
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "one trial": tuple(BASELINES),

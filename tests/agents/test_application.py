@@ -272,7 +272,8 @@ def test_nobody_can_peek_at_the_test_split(engine: bool) -> None:
 def test_a_cohort_offers_nothing_to_evaluate_with() -> None:
     cohort = Cohort(BatchedTraining(TASK, [0, 1]))
     public = {name for name in dir(cohort) if not name.startswith("_")}
-    assert public == {"task", "runs", "parameters", "has_dropout", "initial_loss", "snapshot", "restore"}
+    assert public == {"task", "runs", "parameters", "examples", "has_dropout", "initial_loss", "snapshot", "restore"}
+    assert cohort.examples == 4 * 64
     np.testing.assert_allclose(
         cohort.initial_loss, [Training(TASK, seed).evaluate("val") for seed in (0, 1)], rtol=1e-5
     )

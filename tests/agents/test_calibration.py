@@ -8,8 +8,19 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from agents.calibration import REGRET_CAP, SEARCH_RANGES, calibrate, final_losses, regrets, sample_schedules
-from hpo_env.actions import BaseSchedule
+from agents.calibration import (
+    REGRET_CAP,
+    RULE_RANGES,
+    SEARCH_RANGES,
+    Trials,
+    calibrate,
+    final_losses,
+    fit_rule,
+    linear_fit,
+    regrets,
+    sample_schedules,
+)
+from hpo_env.base_schedules import TYPICAL, BaseSchedule
 from hpo_env.hyperparameters import CONTROLS
 from inner_models.tasks import OptimizerName, Task
 from inner_models.training import Training
@@ -81,3 +92,38 @@ def test_calibrate_prefers_what_learns() -> None:
     """The winner of many beats the median of the first round."""
     _, figures = search(configurations=24, finalists=4, tasks=3)
     assert figures["mean_regret"] < figures["median_configuration_regret"] < REGRET_CAP
+
+
+def test_the_fit_follows_the_good_trials() -> None:
+    """Regrets are least on a known line: intercept and slopes are found; slopes that nothing speaks for are not."""
+    rng = np.random.default_rng(0)
+    line = np.array([[-5.0, -0.4, -0.2], [3.0, 0.0, 0.0], [-2.0, 0.3, 0.0], [-2.0, 0.0, 0.1]])
+    found = []
+    for _ in range(400):
+        sizes = np.exp(rng.normal(0, 1.5, 2))
+        best = line @ [1, *np.log(sizes)]
+        settings = best + rng.normal(0, 1, (32, 4))
+        near = np.square(settings - best).sum(axis=1)
+        examples, parameters = sizes * list(TYPICAL.values())
+        found.append(Trials(examples, parameters, settings, np.minimum(0.05 * (near - near.min()), REGRET_CAP)))
+    rule, spread = linear_fit(found)
+    np.testing.assert_allclose(np.array(list(rule.coefficients.values())), line, atol=0.1)
+    assert (spread < 0.8).all()
+    worthless = [Trials(task.examples, task.parameters, rng.normal(0, 1, (32, 4)), task.regrets) for task in found]
+    flat, _ = linear_fit(worthless)
+    assert np.abs(np.array(list(flat.coefficients.values()))).max() < 0.1
+
+
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
+def test_a_rule_is_fitted_round_after_round(optimizer: OptimizerName) -> None:
+    lines: list[str] = []
+    fit = {"trials": 4, "tasks": (3, 2), "workers": 1}
+    rule, figures = fit_rule(optimizer, TINY, report=lines.append, **fit)  # type: ignore[arg-type]
+    assert fit_rule(optimizer, TINY, report=lambda line: None, **fit) == (rule, figures)  # type: ignore[arg-type]
+    low, high = RULE_RANGES[optimizer]["lr"]
+    assert low / 10 < rule.schedule(200, 1000).lr < high * 10
+    assert figures["tasks"] == 5
+    assert 0 <= figures["mean_regret"] <= REGRET_CAP
+    assert [line.split(" (")[0] for line in lines[-2:]] == [
+        f"{optimizer}: round 2, task 1 of 2", f"{optimizer}: round 2, task 2 of 2"
+    ]  # fmt: skip

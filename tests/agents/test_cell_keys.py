@@ -31,15 +31,18 @@ def policy_variants() -> list[Any]:
     next(changed.parameters()).data[0, 0] += 1e-6
     based = random_policy()
     based.header = replace(
-        based.header, base_schedules={**based.header.base_schedules, "sgd": based.header.base_schedules["adamw"]}
+        based.header, base_rules={**based.header.base_rules, "sgd": based.header.base_rules["adamw"]}
     )
+    ranged = random_policy()
+    ranged.header = replace(ranged.header, trained_ranges={"progress": (0.0, 1.0)})
     rows = np.zeros((2, 3), np.float32)
     seen = [Elsewhere((rows,)), Elsewhere((rows + 1,)), Elsewhere((rows, rows)), Elsewhere((rows,), seed=1)]
     own = random_policy()
     return [
-        *(WithPolicy(policy) for policy in (own, random_policy(1), changed, based)),
+        *(WithPolicy(policy) for policy in (own, random_policy(1), changed, based, ranged)),
         WithPolicy(own, guard=False),
         WithPolicy(own, initial_loss=True),
+        WithPolicy(own, examples=False),
         WithPolicy(own, record=True),
         WithPolicy(own, controls=("lr",)),
         WithPolicy(own, start="given"),
@@ -52,7 +55,7 @@ def policy_variants() -> list[Any]:
 
 def test_provenance_and_scores_do_not_matter() -> None:
     told = random_policy()
-    told.header = replace(told.header, training={"seed": 1}, scores={"rse": 3}, trained_ranges={"horizon": (1, 2)})
+    told.header = replace(told.header, training={"seed": 1}, scores={"rse": 3})
     assert Cell(TASK, WithPolicy(told), (0,)).key == Cell(TASK, WithPolicy(random_policy()), (0,)).key
 
 
@@ -170,11 +173,16 @@ def test_code_is_code(old: str, new: str) -> None:
     assert _code_of(SOURCE.replace(old, new)) != _code_of(SOURCE)
 
 
+def behind(module: str) -> set[str]:
+    return {path.relative_to(cells._ROOT).with_suffix("").as_posix() for path in _needed(cells._path(module))}
+
+
 def test_the_modules_behind_a_method() -> None:
-    assert _needed("schedules") >= {"schedules", "application", "files"}
-    assert not _needed("schedules") & {"controllers", "tuner", "policy", "searches", "ppo", "cells", "evaluation"}
-    assert _needed("controllers") >= {"controllers", "tuner", "policy", "watch", "application"}
-    assert _needed("searches") >= {"searches", "application", "calibration"}
+    assert behind("agents.schedules") >= {"agents/schedules", "agents/application", "inner_models/batched_training"}
+    assert behind("agents.schedules") >= {"inner_models/generators", "inner_models/twins_sequences"}
+    assert not behind("agents.schedules") & {"agents/controllers", "agents/tuner", "hpo_env/observations"}
+    assert behind("agents.controllers") >= {"agents/tuner", "agents/policy", "agents/watch", "hpo_env/observations"}
+    assert behind("agents.searches") >= {"agents/searches", "agents/application", "agents/calibration"}
     assert code_version("agents.schedules") != code_version("agents.controllers")
 
 
@@ -182,7 +190,8 @@ def test_the_modules_behind_a_method() -> None:
     ("file", "touches"),
     [
         ("inner_models/updates.py", "both"),
-        ("hpo_env/actions.py", "both"),
+        ("hpo_env/hyperparameters.py", "both"),
+        ("hpo_env/actions.py", "controllers"),
         ("agents/application.py", "both"),
         ("agents/tuner.py", "controllers"),
         ("agents/summary.py", "none"),

@@ -19,8 +19,9 @@ from agents.evaluation import FACTORS, Budget, Evaluation, ablations, evaluate, 
 from agents.schedules import Cosine, OneCycle
 from agents.summary import summarize
 from hpo_env.hyperparameters import CONTROLS
-from inner_models.models import ModelSpec
-from inner_models.tasks import Task
+from inner_models.models import ModelSpec, build_model
+from inner_models.replicated_layers import parameter_count
+from inner_models.tasks import Task, prepare
 from tests.tiny import random_policy
 
 TASKS = [
@@ -128,13 +129,13 @@ def test_bad_starts(found: Evaluation) -> None:
 
 def test_replays_leave_out_what_they_must_not_know(found: Evaluation) -> None:
     """On the same task, each seed is led by the other seeds' mean; on other tasks, by the other tasks' alone."""
-    schedules = found.policy.header.base_schedules
+    rules = found.policy.header.base_rules
     own = {label: [np.array(run.notes["offsets"]) for run in runs] for label, runs in found.runs["policy"].items()}
     assert all(offsets.shape == (4 if label == "digits/mlp" else 3, 4) for label in own for offsets in own[label])
     for label, task in found.tasks.items():
-        swapped = Replay(schedules, np.stack([mean_trajectory([own[label][1]]), mean_trajectory([own[label][0]])]))
+        swapped = Replay(rules, np.stack([mean_trajectory([own[label][1]]), mean_trajectory([own[label][0]])]))
         (other,) = (runs for name, runs in own.items() if name != label)
-        elsewhere = Replay(schedules, mean_trajectory(other)[None])
+        elsewhere = Replay(rules, mean_trajectory(other)[None])
         for name, replay in (("replay-same-task", swapped), ("replay-other-tasks", elsewhere)):
             expected = train_cohort(task, replay, [0, 1])
             for run, again in zip(found.runs[name][label], expected, strict=True):
@@ -143,13 +144,26 @@ def test_replays_leave_out_what_they_must_not_know(found: Evaluation) -> None:
         assert found.runs["shuffled"][label][0].controls != found.runs["policy"][label][0].controls
 
 
+def parameters_of(task: Task) -> int:
+    return parameter_count(build_model(task.model, prepare(task).dataset))
+
+
 def test_ablations_move_what_they_say(found: Evaluation) -> None:
-    for name in CONTROLS:
-        run, base = found.runs[f"{name}-only"]["digits/mlp"][0], found.runs["calibrated"]["digits/mlp"][0]
-        assert {other for other in CONTROLS if run.controls[other] != base.controls[other]} <= {name}
+    for label, task in found.tasks.items():
+        base, own = found.runs["base-rule"][label][0], found.runs["policy"][label][0]
+        for name in CONTROLS:
+            run = found.runs[f"{name}-only"][label][0]
+            assert {other for other in CONTROLS if run.controls[other] != base.controls[other]} <= {name}
+        assert found.runs["lr-only"][label][0].controls["lr"] != base.controls["lr"]
+        examples, parameters = prepare(task).interval_examples * task.horizon, parameters_of(task)
+        rule = found.policy.header.base_rule(task.optimizer).schedule(examples, parameters)
+        for name, values in rule.values((np.arange(task.horizon) + 0.5) / task.horizon).items():
+            np.testing.assert_allclose(base.controls[name], values, rtol=1e-12)
+        assert found.runs["length-not-told"][label][0].controls["lr"] != own.controls["lr"]
     random, blanked = (found.runs[name]["digits/mlp"] for name in ("random-actions", "blanked"))
     assert random[0].controls != random[1].controls
-    assert blanked[0].controls == blanked[1].controls
+    for name, moved in blanked[0].controls.items():  # up to the rounding of a product of several rows
+        np.testing.assert_allclose(blanked[1].controls[name], moved, rtol=1e-5)
 
 
 # -- the store ---------------------------------------------------------------------------------------------------------
@@ -168,10 +182,10 @@ def test_another_policy_shares_what_does_not_depend_on_it(
     other = evaluate(random_policy(2, 0.3), TASKS, BUDGET, Store(folder), workers=1)
     assert {type(cell.method) for cell in computed} == set(DEPENDENT)
     assert len({cell.key for cell in computed}) == len(computed)
-    # Per task: its own run, the ablations, five starts, two replays and the shuffled one.
-    assert len(computed) == len(TASKS) * (1 + len(ablations(other.policy)) + len(FACTORS) + 3)
+    # Per task: its own run, the ablations but the base rule (which both have), five starts, two replays, the shuffled.
+    assert len(computed) == len(TASKS) * (1 + len(ablations(other.policy)) - 1 + len(FACTORS) + 3)
     assert other.runs["policy"] != found.runs["policy"]
-    for name in BASELINES:
+    for name in (*BASELINES, "base-rule"):
         assert other.runs[name] == found.runs[name]
 
 

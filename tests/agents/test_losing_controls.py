@@ -53,12 +53,19 @@ class Spy(ControlPolicy):
 def test_measured_features() -> None:
     names = [feature.name for feature in FEATURES]
     known = {"progress", "horizon", "parameters", "momentum_sgd", "first_decision", "val_missing", "gradients_missing"}
+    known |= {"examples", "examples_known"}
     assert known == set(_KNOWN) < set(names)
     of_controls = {f"{name}{part}" for name in CONTROLS for part in ("", "_offset", "_action", "_available")}
     assert {name for name, measured in zip(names, MEASURED, strict=True) if not measured} == {*known, *of_controls}
-    assert {"val_change_1", "grad_noise", "update_ratio", "non_finite", "since_best"} <= {
-        name for name, measured in zip(names, MEASURED, strict=True) if measured
-    }
+    assert {
+        "val_change_1",
+        "val_change_third",
+        "train_since_start",
+        "grad_noise",
+        "update_ratio",
+        "non_finite",
+        "since_best",
+    } <= {name for name, measured in zip(names, MEASURED, strict=True) if measured}
 
 
 def test_a_blanked_policy_sees_nothing_that_is_measured() -> None:
@@ -74,9 +81,10 @@ def test_a_blanked_policy_sees_nothing_that_is_measured() -> None:
             np.testing.assert_array_equal(rows[:, MEASURED], np.tile(policy.mean.numpy()[MEASURED], (2, 1)))
         assert rows[:, [f.name for f in FEATURES].index("progress")].tolist() == pytest.approx([interval / 5] * 2)
     assert sighted[0].controls != sighted[1].controls
-    assert blanked[0].controls == blanked[1].controls
+    for name, values in blanked[0].controls.items():  # up to the rounding of a product of several rows
+        np.testing.assert_allclose(blanked[1].controls[name], values, rtol=1e-5)
     assert blanked[0].val_loss != blanked[1].val_loss
-    assert len(set(blanked[0].controls["dropout"])) > 2
+    assert len(set(blanked[0].controls["weight_decay"])) > 2
 
 
 def test_elsewhere_is_another_run_at_the_same_progress() -> None:
@@ -133,13 +141,13 @@ def test_a_replayed_run_is_the_run(task: Task) -> None:
     runs = train_cohort(task, WithPolicy(policy, record=True), [0, 3])
     offsets = np.array([run.notes["offsets"] for run in runs])
     assert offsets.shape == (2, task.horizon, len(CONTROLS))
-    again = train_cohort(task, Replay(policy.header.base_schedules, offsets), [0, 3])
+    again = train_cohort(task, Replay(policy.header.base_rules, offsets), [0, 3])
     for run, replayed in zip(runs, again, strict=True):
         assert not run.notes["guard"]
         for name, values in run.controls.items():
             np.testing.assert_allclose(replayed.controls[name], values, rtol=1e-9)
         np.testing.assert_allclose(replayed.val_loss, run.val_loss, rtol=1e-4)
-    one_for_all = train_cohort(task, Replay(policy.header.base_schedules, offsets[:1]), [0, 3])
+    one_for_all = train_cohort(task, Replay(policy.header.base_rules, offsets[:1]), [0, 3])
     assert one_for_all[0].controls == one_for_all[1].controls == again[0].controls
 
 

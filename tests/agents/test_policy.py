@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 import agents.policy as policy_module
 from agents import ControlPolicy, PolicyError
 from agents.policy import FORMAT, PolicyHeader
+from tests.rules import RULES
 from tests.tiny import random_policy
 
-OBSERVATIONS = np.random.default_rng(0).uniform(-2, 2, (32, len(PolicyHeader(hidden=(), base_schedules={}).features)))
+OBSERVATIONS = np.random.default_rng(0).uniform(-2, 2, (32, len(PolicyHeader(hidden=(), base_rules={}).features)))
+RULE = random_policy().header.base_rules
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def test_round_trip(tmp_path: Path) -> None:
     policy.std.copy_(torch.linspace(0.5, 2, len(policy.std)))
     policy.header = replace(
         policy.header,
-        trained_ranges={"horizon": (8, 48)},
+        trained_ranges={"horizons": (8, 48), "val_change_1": (-0.5, 0.25)},
         training={"seed": 5, "datasets": ["digits"]},
         scores={"log_ratios": {"a": 0.25}},
     )
@@ -79,6 +82,13 @@ def test_a_valid_handwritten_file_loads(path: Path) -> None:
     """So that the refusals below are of what each of them changes."""
     write(path, *valid_parts())
     assert identical(ControlPolicy.load(path), random_policy())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_the_base_rules_come_along(path: Path, kind: str) -> None:
+    found = ControlPolicy.load(path).header
+    assert found.base_rule(kind) == RULES[kind]
+    assert found.base_rules == {name: rule.to_dict() for name, rule in RULES.items()}
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------
@@ -151,7 +161,7 @@ def test_newer_format_version(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ControlPolicy.load(path)
 
 
-@pytest.mark.parametrize("version", [0, -1, "1", None, [1]])
+@pytest.mark.parametrize("version", [1, 0, -1, "2", None, [2]])
 def test_other_format_versions(path: Path, version: Any) -> None:
     header, tensors = valid_parts()
     write(path, {**header, "format_version": version}, tensors)
@@ -195,13 +205,20 @@ def test_a_header_that_is_none(path: Path, text: str) -> None:
         ("hidden", [10**9]),
         ("hidden", [8] * 99),
         ("hidden", 16),
+        ("base_rules", {}),
+        ("base_rules", ["adamw"]),
+        ("base_rules", {**RULE, "adamw": []}),
+        ("base_rules", {**RULE, "adamw": {"coefficients": {}, "warmup": 0.1}}),
+        ("base_rules", {**RULE, "adamw": {**RULE["adamw"], "warmup": 2.0}}),
+        ("base_rules", {**RULE, "adamw": {**RULE["adamw"], "coefficients": 1}}),
+        ("base_rules", {**RULE, "sgd": {"lr": 1e-3, "batch_size": 32, "weight_decay": 0.1, "dropout": 0.1}}),
         ("base_schedules", {}),
-        ("base_schedules", {"adamw": {"lr": 1e-3}}),
-        ("base_schedules", ["adamw"]),
-        ("base_schedules", {"adamw": {"lr": "x", "batch_size": 32, "weight_decay": 0.1, "dropout": 0.1}}),
         ("required_signals", ["train_loss", "horoscope"]),
         ("required_signals", None),
-        ("trained_ranges", {"horizon": [1, 2, 3]}),
+        ("trained_ranges", {"horizons": [1, 2, 3]}),
+        ("trained_ranges", {"horizons": 8}),
+        ("trained_ranges", {"horizons": ["few", "many"]}),
+        ("trained_ranges", {"progress": [0.0, None]}),
         ("trained_ranges", [1]),
         ("surprise", 1),
     ],
@@ -214,9 +231,9 @@ def test_a_header_that_does_not_fit(path: Path, field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_a_base_schedule_is_missing(path: Path, kind: str) -> None:
+def test_a_base_rule_is_missing(path: Path, kind: str) -> None:
     header, tensors = valid_parts()
-    write(path, {**header, "base_schedules": {kind: header["base_schedules"][kind]}}, tensors)
+    write(path, {**header, "base_rules": {kind: header["base_rules"][kind]}}, tensors)
     with pytest.raises(PolicyError, match="does not fit format version"):
         ControlPolicy.load(path)
 
@@ -271,6 +288,58 @@ def test_no_such_file(tmp_path: Path) -> None:
     for missing in (tmp_path / "absent.safetensors", tmp_path):
         with pytest.raises(FileNotFoundError, match="no policy file at"):
             ControlPolicy.load(missing)
+
+
+# -- out of its depth --------------------------------------------------------------------------------------------------
+
+
+def seen(**features: float) -> NDArray[np.float32]:
+    """`[1, features]`, all but these 0."""
+    return np.array([[features.get(name, 0.0) for name in random_policy().header.features]], np.float32)
+
+
+def knowing(**ranges: tuple[float, float]) -> ControlPolicy:
+    policy = random_policy()
+    policy.header = replace(policy.header, trained_ranges=ranges)
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("value", "lost"),
+    [(0.0, False), (0.75, False), (1.24, False), (1.26, True), (-0.24, False), (-0.26, True), (2.0, True)],
+)
+def test_as_far_outside_as_the_range_is_wide(value: float, lost: bool) -> None:
+    policy = knowing(val_change_1=(-0.25, 0.25), train_change_1=(0.25, 0.75))
+    assert policy.out_of_depth(seen(train_change_1=value)).tolist() == [lost]
+
+
+def test_what_hardly_varied_may_differ_a_little() -> None:
+    policy = knowing(parameters=(0.5, 0.5))
+    assert policy.out_of_depth(seen(parameters=0.59)).tolist() == [False]
+    assert policy.out_of_depth(seen(parameters=0.61)).tolist() == [True]
+    assert policy.out_of_depth(seen(parameters=0.39)).tolist() == [True]
+
+
+def test_each_run_is_looked_at_by_itself() -> None:
+    policy = knowing(progress=(0.0, 1.0), horizons=(8, 64), val_change_1=(-0.1, 0.1))
+    rows = np.concatenate([seen(), seen(progress=1.0), seen(val_change_1=1.0), seen(train_change_1=2.0)])
+    found = policy.out_of_depth(rows)
+    assert found.dtype == bool
+    assert found.tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("ranges", [{}, {"horizons": (8, 64)}])
+def test_without_ranges_nothing_is_out_of_depth(ranges: dict[str, tuple[float, float]]) -> None:
+    assert not knowing(**ranges).out_of_depth(OBSERVATIONS.astype(np.float32)).any()
+
+
+def test_ranges_survive_the_file(path: Path) -> None:
+    policy = knowing(progress=(0.0, 0.25), lr=(0.5, 0.5))
+    policy.save(path)
+    rows = np.random.default_rng(0).uniform(-1, 2, (64, len(policy.header.features))).astype(np.float32)
+    lost = policy.out_of_depth(rows)
+    assert 0 < lost.sum() < 64
+    np.testing.assert_array_equal(ControlPolicy.load(path).out_of_depth(rows), lost)
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------

@@ -15,14 +15,16 @@ import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from agents.policy import OBSERVATION_CLIP, ControlPolicy, PolicyHeader
-from agents.ppo import HIDDEN, UNSEEN_VARIANCE, Progress, _build, export, meta_train
+from agents.policy import ControlPolicy, PolicyHeader
+from agents.ppo import HIDDEN, UNSEEN_VARIANCE, Progress, build, export, meta_train
 from agents.presets import MetaTrainingConfig
-from agents.vec_env import CohortVecEnv
+from agents.rollouts import RolloutWorkers, Step
+from agents.vec_env import CohortEnv, CohortVecEnv
+from hpo_env.env import Variation
+from hpo_env.hyperparameters import CONTROLS
 from tests.tiny import TINY, TINY_CONFIG
 
 Array = NDArray[np.float32]
@@ -31,7 +33,7 @@ Array = NDArray[np.float32]
 # -- a problem whose solution is known ---------------------------------------------------------------------------------
 
 
-class Quadratics(VecEnv):
+class Quadratics:
     """Gradient descent on f(x) = h x^2 / 2, each run with a curvature h of its own, which is seen as log h / SPAN.
 
     The learning rate is exp(offset); the first action moves the offset by up to SPAN, later ones by up to 1. One step
@@ -42,59 +44,42 @@ class Quadratics(VecEnv):
     SPAN, HORIZON, FLOOR, CAP = 2.5, 4, 1e-2, 10.0
     BEST = float(np.log((1 + FLOOR) / FLOOR))
 
-    def __init__(self, runs: int, seed: int) -> None:
-        box = spaces.Box(-1.0, 1.0, (2,), np.float32)
-        super().__init__(runs, box, spaces.Box(-1.0, 1.0, (1,), np.float32))
+    def __init__(self, runs: int) -> None:
+        self._runs = runs
+        self._x = np.ones(runs)
+
+    def reset(self, seed: int) -> Array:
         self._rng = np.random.default_rng(seed)
+        return self._begin()
 
-    def reset(self) -> Array:
-        self._time = 0
-        self._log_h = self._rng.uniform(-self.SPAN, self.SPAN, self.num_envs)
-        self._offset, self._x = np.zeros(self.num_envs), np.ones(self.num_envs)
-        return self._observe()
-
-    def step_async(self, actions: NDArray[Any]) -> None:
-        self._actions = actions[:, 0]
-
-    def step_wait(self) -> tuple[Array, Array, NDArray[np.bool_], list[dict[str, Any]]]:
+    def step(self, actions: NDArray[Any]) -> Step:
         before = np.log(self._x**2 + self.FLOOR)
-        self._offset += np.clip(self._actions, -1, 1) * (1.0 if self._time else self.SPAN)
+        self._offset += np.clip(actions[:, 0], -1, 1) * (1.0 if self._time else self.SPAN)
         factor = 1 - np.exp(np.minimum(self._offset + self._log_h, 5.0))
         self._x = np.minimum(np.abs(self._x * factor), self.CAP)
         self._time += 1
-        rewards = (before - np.log(self._x**2 + self.FLOOR)).astype(np.float32)
+        rewards = before - np.log(self._x**2 + self.FLOOR)
         done = self._time == self.HORIZON
-        infos = [{"terminal_observation": row} for row in self._observe()] if done else [{}] * self.num_envs
-        observations = self.reset() if done else self._observe()
-        return observations, rewards, np.full(self.num_envs, done), infos
+        infos = [{"terminal_observation": row} for row in self._observe()] if done else [{}] * self._runs
+        return self._begin() if done else self._observe(), rewards, np.full(self._runs, done), infos
+
+    def _begin(self) -> Array:
+        self._time = 0
+        self._log_h = self._rng.uniform(-self.SPAN, self.SPAN, self._runs)
+        self._offset, self._x = np.zeros(self._runs), np.ones(self._runs)
+        return self._observe()
 
     def _observe(self) -> Array:
-        progress = np.full(self.num_envs, self._time / self.HORIZON)
+        progress = np.full(self._runs, self._time / self.HORIZON)
         return np.stack([self._log_h / self.SPAN, progress], axis=1).astype(np.float32)
-
-    def close(self) -> None:
-        pass
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [None] * self.num_envs
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        raise NotImplementedError
-
-    def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
-        return [False] * self.num_envs
 
 
 def share_of_best(decide: Callable[[Array], NDArray[Any]]) -> float:
     """Mean return over 256 runs, over the best possible."""
-    env = Quadratics(256, seed=1000)
-    observations, total = env.reset(), np.zeros(env.num_envs)
+    env = Quadratics(256)
+    observations, total = env.reset(1000), np.zeros(256)
     for _ in range(env.HORIZON):
-        env.step_async(decide(observations))
-        observations, rewards, _, _ = env.step_wait()
+        observations, rewards, _, _ = env.step(decide(observations))
         total += rewards
     return float(total.mean()) / env.BEST
 
@@ -113,13 +98,13 @@ def test_learning_is_real(seed: int) -> None:
     assert share_of_best(lambda seen: rng.uniform(-1, 1, (len(seen), 1))) < 0.3
 
     set_random_seed(seed)
-    env = VecNormalize(Quadratics(TOY.cohorts * TOY.replicas, seed), norm_reward=False, clip_obs=OBSERVATION_CLIP)
-    model = _build(TOY, env, seed)
-    header = PolicyHeader(hidden=HIDDEN, base_schedules={}, features=("curvature", "progress"), controls=("lr",))
+    runs, boxes = TOY.cohorts * TOY.replicas, [spaces.Box(-1.0, 1.0, (size,), np.float32) for size in (2, 1)]
+    model = build(TOY, RolloutWorkers(lambda: Quadratics(runs), runs, *boxes, seed=seed))
+    header = PolicyHeader(hidden=HIDDEN, base_rules={}, features=("curvature", "progress"), controls=("lr",))
     shares = []
     for timesteps in (0, TOY.timesteps):
         model.learn(timesteps)
-        policy = export(model, env, header)
+        policy = export(model, header)
         shares.append(share_of_best(lambda seen, policy=policy: policy.act(seen)[0]))  # type: ignore[misc]
     assert shares[0] < 0.3
     assert shares[1] > 0.9
@@ -249,7 +234,10 @@ def test_a_checkpoint_restores_the_model(tmp_path: Path) -> None:
     meta_train(replace(TINY_CONFIG, learning_rate=0.0), tmp_path, seed=3, resume=True)
     after = checkpoint(tmp_path)
     assert weights(after["policy"].values()) == weights(before["policy"].values())
-    assert after["normalizer"]["count"] == before["normalizer"]["count"] + (ROLLOUT + 16)  # and the reset's 16
+    assert after["normalizer"]["count"] == before["normalizer"]["count"] + ROLLOUT
+    assert (after["normalizer"]["low"] <= before["normalizer"]["low"]).all()
+    assert (after["normalizer"]["high"] >= before["normalizer"]["high"]).all()
+    assert (before["normalizer"]["high"] >= before["normalizer"]["low"]).all()
     first, last = before["optimizer"]["state"][0]["step"], after["optimizer"]["state"][0]["step"]
     assert last == first + TINY_CONFIG.epochs * ROLLOUT // TINY_CONFIG.minibatch
 
@@ -276,25 +264,21 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 
 def test_export_equals_the_trained_policy() -> None:
     set_random_seed(0)
-    env = VecNormalize(CohortVecEnv(TINY, cohorts=2, replicas=8), norm_reward=False, clip_obs=OBSERVATION_CLIP)
-    model = _build(TINY_CONFIG, env, 0)
+    model = build(TINY_CONFIG, CohortVecEnv(TINY, cohorts=2, replicas=8))
     model.learn(2 * ROLLOUT)
-    env.training = False  # the statistics stay as they are exported
-    policy = export(model, env, PolicyHeader(hidden=HIDDEN, base_schedules={}))
+    policy = export(model, PolicyHeader(hidden=HIDDEN, base_rules={}))
     assert not policy.training
-    env.reset()
-    observations = []
-    for _ in range(8):
-        env.step(np.stack([env.action_space.sample() for _ in range(env.num_envs)]))
-        observations.append(env.get_original_obs())
-    seen = np.concatenate([*observations, 50 * np.asarray(observations[0])]).astype(np.float32)  # some beyond the clip
-    assert not isinstance(env.obs_rms, dict)
-    unseen = env.obs_rms.var < UNSEEN_VARIANCE
+    env = CohortEnv(TINY, 2, 8, Variation(), "cpu")
+    env.reset(1)
+    rng = np.random.default_rng(0)
+    observations = [env.step(rng.uniform(-1, 1, (16, len(CONTROLS))).astype(np.float32))[0] for _ in range(8)]
+    seen = np.concatenate([*observations, 50 * observations[0]]).astype(np.float32)  # some beyond the clip
+    unseen = model.obs_rms.var < UNSEEN_VARIANCE
     assert 0 < unseen.sum() < len(unseen) / 2
     blind, _ = policy.act(np.where(unseen, 7.0, seen).astype(np.float32))
-    seen = np.where(unseen, env.obs_rms.mean, seen).astype(np.float32)
+    seen = np.where(unseen, model.obs_rms.mean, seen).astype(np.float32)
     np.testing.assert_array_equal(policy.act(seen)[0], blind)
-    expected, _ = model.predict(env.normalize_obs(seen), deterministic=True)
+    expected, _ = model.predict(model.actor.normalize(seen).numpy(), deterministic=True)
     found, _ = policy.act(seen)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert np.abs(found).max() > 0.01

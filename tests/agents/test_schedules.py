@@ -19,7 +19,7 @@ from agents.schedules import (
     Plateau,
     WarmupStableDecay,
 )
-from hpo_env.actions import calibrated
+from hpo_env.base_schedules import calibrated
 from hpo_env.hyperparameters import CONTROLS, Array
 from inner_models.tasks import OptimizerName, Task
 

@@ -20,7 +20,7 @@ from agents.application import held_out_rows
 from agents.calibration import SEARCH_RANGES, final_losses
 from agents.population_based import Population, PopulationBased
 from agents.searches import SEARCHES, SETTINGS, OptunaSearch, Searched, SearchName, Trial, publish
-from hpo_env.actions import BaseSchedule
+from hpo_env.base_schedules import BaseSchedule
 from hpo_env.hyperparameters import CONTROLS
 from inner_models.batched_training import BatchedTraining
 from inner_models.models import ModelSpec

@@ -24,7 +24,7 @@ from agents.schedules import (
     _Descent,
     optional,
 )
-from hpo_env.actions import calibrated
+from hpo_env.base_schedules import calibrated
 from hpo_env.hyperparameters import Array
 from inner_models.tasks import OptimizerName, Task
 from inner_models.training import Training

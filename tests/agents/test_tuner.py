@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib import resources
@@ -19,102 +18,37 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from agents import ControlPolicy, PolicyError, Tuner
 from agents.tuner import PRETRAINED
 from hpo_env.hyperparameters import CONTROLS
 from hpo_env.observations import HIGH, LOW
-from inner_models.datasets import load_dataset
+from inner_models.signals import MEASURE_EVERY
 from tests.tiny import random_policy
+from tests.user_runs import (
+    BASE,
+    DECAY,
+    DROPOUT,
+    LR,
+    ROWS,
+    Loop,
+    Writer,
+    constant_policy,
+    equal,
+    through_a_file,
+    warmup_cosine,
+)
 
 EPOCHS = 6
-ROWS = 192
-LR, DECAY, DROPOUT = 0.002, 0.03, 0.2
 CONTINUOUS = ("lr", "weight_decay", "dropout")
-
-
-def constant_policy(**actions: float) -> ControlPolicy:
-    """A policy that always takes these actions; without any it stays."""
-    policy = random_policy()
-    last = policy.network[-1]
-    assert isinstance(last, nn.Linear)
-    last.weight.data.zero_()
-    last.bias.data = torch.tensor([actions.get(name, 0.0) for name in CONTROLS])
-    return policy
-
-
-class Loop:
-    """A user's run: an MLP on 192 digits, three parameter groups, nothing of this project's in it."""
-
-    def __init__(self, seed: int = 0) -> None:
-        torch.manual_seed(seed)
-        self.model = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Dropout(DROPOUT), nn.Linear(24, 24), nn.ReLU(),
-            nn.Dropout(DROPOUT / 2), nn.Linear(24, 10),
-        )  # fmt: skip
-        biases = [p for p in self.model.parameters() if p.ndim == 1]
-        first, *others = [p for p in self.model.parameters() if p.ndim == 2]
-        groups: list[dict[str, Any]] = [
-            {"params": others},
-            {"params": [first], "lr": LR / 4, "weight_decay": DECAY / 3},
-            {"params": biases, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=LR, weight_decay=DECAY)
-        digits = load_dataset("digits")
-        self.train, self.val = digits.train, digits.val
-
-    def epoch(self, number: int, batch_size: int = 32) -> tuple[float, float]:
-        """Train one epoch. Row order and dropout depend on `number` alone. Returns train and validation loss."""
-        torch.manual_seed(number)
-        self.model.train()
-        total = 0.0
-        for rows in torch.split(torch.randperm(ROWS), batch_size):
-            self.optimizer.zero_grad()
-            loss = cross_entropy(self.model(self.train.inputs[rows]), self.train.targets[rows])
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            total += loss.item() * len(rows)
-        return total / ROWS, self.validate()
-
-    @torch.no_grad()
-    def validate(self) -> float:
-        self.model.eval()
-        return cross_entropy(self.model(self.val.inputs), self.val.targets).item()
-
-    def weights(self) -> list[Tensor]:
-        return [tensor.clone() for tensor in self.model.state_dict().values()]
-
-    def settings(self) -> list[tuple[float, float]]:
-        return [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
-
-    def rates(self) -> list[float]:
-        return [module.p for module in self.model if isinstance(module, nn.Dropout)]
-
-
-class Writer:
-    def __init__(self) -> None:
-        self.scalars: list[tuple[str, float, int]] = []
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        self.scalars.append((tag, scalar_value, global_step))
-
-
-def equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def warmup_cosine(epoch: int, total: int = EPOCHS, warmup: float = 0.05) -> float:
-    progress = (epoch + 0.5) / total
-    return min(1.0, progress / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # -- use ---------------------------------------------------------------------------------------------------------------
 
 
 def test_three_lines(tmp_path: Path) -> None:
-    random_policy(seed=2).save(tmp_path / "policy.safetensors")
+    random_policy(seed=2, scale=0.3).save(tmp_path / "policy.safetensors")
     run = Loop()
     before = run.validate()
     tuner = Tuner.load(tmp_path / "policy.safetensors", run.optimizer, model=run.model, total_epochs=EPOCHS)
@@ -206,11 +140,10 @@ def test_without_a_model_or_batch_size() -> None:
 
 
 def test_sgd_has_its_own_base() -> None:
-    policy = constant_policy()
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1, momentum=0.9)
-    tuner = Tuner(policy, optimizer, total_epochs=EPOCHS)
-    base = policy.header.base_schedule("sgd")
-    assert tuner.hyperparameters["lr"] == pytest.approx(base.lr * warmup_cosine(0, warmup=base.warmup))
+    tuner = Tuner(constant_policy(), optimizer, total_epochs=EPOCHS)
+    base = BASE["sgd"]
+    assert tuner.hyperparameters["lr"] == pytest.approx(base.lr * warmup_cosine(0, EPOCHS, base.warmup))
 
 
 def test_closed() -> None:
@@ -224,10 +157,10 @@ def test_closed() -> None:
 # -- synchronization ---------------------------------------------------------------------------------------------------
 
 
-def optimizer_steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 9) -> None:
+def optimizer_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Enough for gradients to be measured three times, with and without a momentum."""
     device = next(model.parameters()).device
-    for _ in range(count):
+    for _ in range(2 * MEASURE_EVERY + 1):
         optimizer.zero_grad()
         torch.autograd.backward(model(torch.ones(2, 4, device=device)).square().mean())
         optimizer.step()
@@ -273,12 +206,11 @@ def test_no_synchronization_between_decisions_on_cuda(name: str) -> None:
 
 
 def test_staying_is_the_base_schedule() -> None:
-    run, policy = Loop(), constant_policy()
-    base = policy.header.base_schedule("adamw")
-    tuner = Tuner(policy, run.optimizer, model=run.model, total_epochs=EPOCHS, batch_size=48)
+    run, base = Loop(), BASE["adamw"]
+    tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=EPOCHS, batch_size=48)
     for epoch in range(EPOCHS):
         expected = {name: getattr(base, name) for name in CONTROLS}
-        expected["lr"] = base.lr * warmup_cosine(epoch, warmup=base.warmup)
+        expected["lr"] = base.lr * warmup_cosine(epoch, EPOCHS, base.warmup)
         assert tuner.hyperparameters == pytest.approx(expected, rel=1e-12)
         tuner.step(train_loss=1.0, val_loss=1.0)
 
@@ -287,7 +219,7 @@ def test_staying_with_what_is_given_keeps_it() -> None:
     run = Loop()
     tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=EPOCHS, batch_size=20, start="given")
     for epoch in range(EPOCHS):
-        factor = warmup_cosine(epoch)
+        factor = warmup_cosine(epoch, EPOCHS)
         expected = [(LR * factor, DECAY), (LR / 4 * factor, DECAY / 3), (LR * factor, 0.0)]
         assert np.allclose(run.settings(), expected, rtol=1e-12, atol=0)
         assert run.rates() == [DROPOUT, DROPOUT / 2]
@@ -334,6 +266,7 @@ def test_given_values_stay_within_the_factor(
     "arguments",
     [
         {"total_epochs": 0},
+        {"examples_per_epoch": 0},
         {"start": "x"},
         {"batch_size": 0},
         {"start": "given", "max_factor": 1.0},
@@ -395,8 +328,11 @@ def test_losses_that_are_not_numbers(name: str, value: Any) -> None:
 
 def test_no_batch_size_to_follow() -> None:
     run = Loop()
+    tuner = Tuner(random_policy(), run.optimizer, total_epochs=EPOCHS)
+    before = tuner.hyperparameters, repr(tuner.history)
     with pytest.raises(ValueError, match="made without batch_size"):
-        Tuner(random_policy(), run.optimizer, total_epochs=EPOCHS).batch_sampler(ROWS)
+        tuner.batch_sampler(ROWS)
+    assert (tuner.hyperparameters, repr(tuner.history)) == before
 
 
 def test_more_epochs_than_total(caplog: pytest.LogCaptureFixture) -> None:
@@ -447,8 +383,7 @@ def guarded(policy: ControlPolicy | None = None, **arguments: Any) -> tuple[Loop
 
 
 def base_lr(epoch: int) -> float:
-    base = constant_policy().header.base_schedule("adamw")
-    return base.lr * warmup_cosine(epoch, 12, base.warmup)
+    return BASE["adamw"].lr * warmup_cosine(epoch, 12)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e6])
@@ -624,7 +559,7 @@ def test_a_divergence_before_the_first_good_epoch() -> None:
 def test_divergences_in_a_row(start: Any) -> None:
     """Each restores the same snapshot, whatever was trained since, and each quarters the learning rate."""
     run, tuner = guarded(start=start, max_factor=2.0)
-    reference = LR / constant_policy().header.base_schedule("adamw").lr if start == "given" else 1.0
+    reference = LR / BASE["adamw"].lr if start == "given" else 1.0
     tuner.step(train_loss=1.0, val_loss=run.epoch(0)[1])
     best, moments = run.weights(), copy.deepcopy(run.optimizer.state_dict()["state"])
     for divergences in range(1, 5):
@@ -699,13 +634,6 @@ def test_a_divergence_at_the_end_or_later_lowers_lr_too() -> None:
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    loaded: dict[str, Any] = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    return loaded
 
 
 @pytest.mark.parametrize("tuner_first", [True, False])
@@ -796,17 +724,15 @@ def test_a_checkpoint_of_another_run() -> None:
 def test_writer() -> None:
     run, writer = Loop(), Writer()
     tuner = Tuner(random_policy(), run.optimizer, model=run.model, total_epochs=3, writer=writer)
+    used = []
     for epoch in range(4):
+        used.append(tuner.hyperparameters)
         tuner.step(train_loss=float(epoch), val_loss=10.0 + epoch)
     found = {(tag, step): value for tag, value, step in writer.scalars}
     assert len(found) == len(writer.scalars)
     inner = {(f"inner/{name}", e + 1): o + e for e in range(4) for name, o in (("train_loss", 0.0), ("val_loss", 10.0))}
-    control = {
-        (f"control/{name}", entry["epoch"] + 1): value
-        for entry in tuner.history
-        for name, value in entry["hyperparameters"].items()
-    }
-    assert len(control) == 9
+    control = {(f"control/{name}", e + 1): value for e, values in enumerate(used) for name, value in values.items()}
+    assert len(control) == 12
     assert found == {**inner, **control}
 
 

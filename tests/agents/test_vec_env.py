@@ -1,39 +1,49 @@
-"""The adapter to stable-baselines3: relative rewards, and worker processes that change nothing but the speed."""
+"""The environment for stable-baselines3: relative rewards, and worker processes that change nothing but the speed."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from stable_baselines3 import PPO
+import torch
+from stable_baselines3.common.utils import set_random_seed
 
-from agents.vec_env import CohortVecEnv, RelativeRewards, Step
+from agents.ppo import build
+from agents.rollouts import Actor, Transition
+from agents.vec_env import CohortVecEnv, RelativeRewards
 from hpo_env.env import Variation
 from hpo_env.hyperparameters import CONTROLS
+from hpo_env.observations import FEATURES
 from inner_models.tasks import TaskDistribution
-from tests.tiny import TINY
+from tests.tiny import TINY, TINY_CONFIG
 
 
 def make_env(tasks: TaskDistribution = TINY, **arguments: Any) -> CohortVecEnv:
     return CohortVecEnv(tasks, **{"cohorts": 2, "replicas": 3, "seed": 7, **arguments})
 
 
-def steps(env: CohortVecEnv, count: int) -> list[Step]:
-    """Reset, then `count` random steps."""
-    rng = np.random.default_rng(0)
-    first = env.reset()
-    none: list[dict[str, Any]] = [{}] * env.num_envs
-    taken: list[Step] = [(first, np.zeros(env.num_envs), np.zeros(env.num_envs, bool), none)]
-    for _ in range(count):
-        env.step_async(rng.uniform(-1, 1, (env.num_envs, len(CONTROLS))).astype(np.float32))
-        taken.append(env.step_wait())
-    return taken
+def actor(log_std: float = -40.0) -> Actor:
+    """Moves each control by an amount of its own whatever it sees, with noise of exp(log_std)."""
+    set_random_seed(0)
+    model = build(replace(TINY_CONFIG, log_std=log_std, minibatch=24), make_env())
+    last = model.policy.action_net
+    assert isinstance(last, torch.nn.Linear)
+    last.weight.data.zero_()
+    last.bias.data = torch.linspace(-0.5, 0.9, len(CONTROLS))
+    return model.actor
+
+
+def steps(env: CohortVecEnv, count: int, log_std: float = -40.0) -> list[Transition]:
+    """Reset, then a rollout."""
+    return list(env.collect(actor(log_std), env.reset(), count))
 
 
 # -- relative rewards --------------------------------------------------------------------------------------------------
@@ -119,62 +129,59 @@ def test_nobody_left_of_the_cohort() -> None:
 # -- the environment ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def local() -> list[Step]:
-    return steps(make_env(variation=Variation(0.2, 0.5, 10.0, 0.5)), 30)
+VARIED = Variation(0.2, 0.5, 10.0, 0.5)
 
 
-@pytest.fixture(scope="module")
-def shared() -> list[Step]:
-    env = make_env(variation=Variation(0.2, 0.5, 10.0, 0.5), workers=2)
-    try:
-        return steps(env, 30)
-    finally:
-        env.close()
-
-
-def test_workers_change_nothing(local: list[Step], shared: list[Step]) -> None:
-    for (one, _, one_over, one_infos), (other, _, other_over, other_infos) in zip(local, shared, strict=True):
-        np.testing.assert_array_equal(one, other)
-        np.testing.assert_array_equal(one_over, other_over)
-        for left, right in zip(one_infos, other_infos, strict=True):
+def test_workers_change_nothing() -> None:
+    local = steps(make_env(variation=VARIED), 30)
+    with closing(make_env(variation=VARIED, workers=2)) as env:
+        shared = steps(env, 30)
+    first_end = next(index for index, step in enumerate(local) if step.dones.any())
+    for index, (one, other) in enumerate(zip(local, shared, strict=True)):
+        np.testing.assert_array_equal(one.actions, other.actions)
+        np.testing.assert_array_equal(one.observations, other.observations)
+        np.testing.assert_allclose(one.values, other.values, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(one.dones, other.dones)
+        for left, right in zip(one.infos, other.infos, strict=True):
             assert left.get("final") == right.get("final")
             assert left.get("episode", {}).get("r") == right.get("episode", {}).get("r")
-    first_end = next(index for index, step in enumerate(local) if step[2].any())
-    for one_step, other_step in zip(local[: first_end + 1], shared, strict=False):
-        np.testing.assert_array_equal(one_step[1], other_step[1])
-    assert sum(step[2].sum() for step in local) >= 30
+        if index <= first_end:  # from then on, each worker has learned the spreads of its own cohorts
+            np.testing.assert_array_equal(one.rewards, other.rewards)
+    assert sum(step.dones.sum() for step in local) >= 30
 
 
 def test_seeds() -> None:
     env = make_env()
-    first, again = steps(env, 8), steps(env, 8)
-    np.testing.assert_array_equal([step[0] for step in first], [step[0] for step in again])
+    first, again = steps(env, 8, log_std=0.0), steps(env, 8, log_std=0.0)
+    np.testing.assert_array_equal([step.observations for step in first], [step.observations for step in again])
+    np.testing.assert_array_equal([step.actions for step in first], [step.actions for step in again])
+    before = env.reset()
     assert env.seed(8) == list(range(8, 14))
-    assert not np.array_equal(env.reset(), first[0][0])
+    assert not np.array_equal(env.reset(), before)
 
 
-def test_ends_of_episodes(local: list[Step]) -> None:
-    lengths, space = np.zeros(6, int), make_env().observation_space
-    for observations, rewards, over, infos in local[1:]:
-        assert len(infos) == len(over) == len(rewards) == 6
-        assert np.isfinite(rewards).all()
-        assert np.abs(rewards).max() <= 5
+def test_ends_of_episodes() -> None:
+    env = make_env(variation=VARIED)
+    lengths, space = np.zeros(6, int), env.observation_space
+    for step in steps(env, 30, log_std=-0.5):
+        assert len(step.infos) == len(step.dones) == len(step.rewards) == 6
+        assert np.isfinite(step.rewards).all()
+        assert np.abs(step.rewards).max() <= 5
         lengths += 1
-        for index, info in enumerate(infos):
-            assert ("terminal_observation" in info) == ("episode" in info) == ("final" in info) == over[index]
-            if not over[index]:
+        for index, info in enumerate(step.infos):
+            assert ("terminal_observation" in info) == ("episode" in info) == ("final" in info) == step.dones[index]
+            if not step.dones[index]:
                 continue
             assert space.contains(info["terminal_observation"])
-            assert not np.array_equal(info["terminal_observation"], observations[index])
+            assert not np.array_equal(info["terminal_observation"], step.observations[index])
             assert info["episode"]["l"] == lengths[index]
             assert info["final"]["val_loss"] > 0
             assert not info["TimeLimit.truncated"]
             # Progress: all of the run at its end, nothing of it at the start of the next.
             assert info["terminal_observation"][0] == 1.0
-            assert observations[index, 0] == 0.0
+            assert step.observations[index, 0] == 0.0
             lengths[index] = 0
-        assert infos[0]["controls"].keys() == CONTROLS.keys()
+        assert step.infos[0]["controls"].keys() == CONTROLS.keys()
 
 
 def test_bad_numbers_of_workers() -> None:
@@ -188,7 +195,7 @@ UNKNOWN = TaskDistribution(entries=(("no-such-data-set", ("mlp",)),))
 
 
 def step_once(env: CohortVecEnv) -> None:
-    env.step(np.zeros((env.num_envs, len(CONTROLS)), np.float32))
+    next(env.collect(actor(), np.zeros((env.num_envs, len(FEATURES)), np.float32), 1))
 
 
 @pytest.fixture
@@ -223,11 +230,19 @@ def test_a_worker_that_was_killed(worker: CohortVecEnv) -> None:
 
 
 def test_a_worker_that_is_killed_at_work(worker: CohortVecEnv) -> None:
-    os.kill(worker._processes[0].pid, signal.SIGSTOP)  # so that the step is still unread when it is killed
-    worker.step_async(np.zeros((worker.num_envs, len(CONTROLS)), np.float32))
-    worker._processes[0].kill()
+    os.kill(worker._processes[0].pid, signal.SIGSTOP)  # so that it is still waited for when it is killed
+    threading.Timer(1.0, worker._processes[0].kill).start()
     with pytest.raises(RuntimeError, match="a worker process ended unexpectedly"):
-        worker.step_wait()
+        step_once(worker)
+
+
+def test_a_worker_is_closed_at_work(worker: CohortVecEnv) -> None:
+    """What it goes on to send has no receiver any more; it ends, quietly and soon."""
+    transitions = worker.collect(actor(), np.zeros((worker.num_envs, len(FEATURES)), np.float32), 10**6)
+    next(transitions)
+    process = worker._processes[0]
+    worker.close()
+    assert process.exitcode == 0
 
 
 def test_close_leaves_no_children(worker: CohortVecEnv) -> None:
@@ -239,18 +254,11 @@ def test_close_leaves_no_children(worker: CohortVecEnv) -> None:
     assert [process.exitcode for process in processes] == [0]
 
 
-def test_ppo_learns_on_it() -> None:
-    model = PPO("MlpPolicy", make_env(), n_steps=4, batch_size=12, n_epochs=1, gamma=1.0, device="cpu", seed=0)
-    before = [parameter.clone() for parameter in model.policy.parameters()]
-    model.learn(48)
-    assert model.num_timesteps == 48
-    assert model.ep_info_buffer
-    assert any(not now.equal(old) for now, old in zip(model.policy.parameters(), before, strict=True))
-
-
 def test_no_attributes_of_replicas() -> None:
     env = make_env()
     for call in (lambda: env.get_attr("task"), lambda: env.set_attr("task", 1), lambda: env.env_method("task")):
         with pytest.raises(AttributeError, match="'task'"):
             call()
     assert env.env_is_wrapped(object) == [False] * 6
+    with pytest.raises(NotImplementedError, match="workers step on their own"):
+        env.step(np.zeros((6, len(CONTROLS))))

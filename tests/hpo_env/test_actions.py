@@ -1,94 +1,93 @@
-"""Actions: base schedules, reach, limits, and what a zero action means."""
+"""Actions: reach, limits, and what a zero offset means."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from hpo_env.actions import RANGES, BaseSchedule, apply_offsets, calibrated, move
-from hpo_env.control import ControlLoop
+from hpo_env.actions import RANGES, apply_offsets, move
 from hpo_env.hyperparameters import CONTROLS
 
-BASE = BaseSchedule(lr=0.004, batch_size=32, weight_decay=0.1, dropout=0.1, warmup=0.1)
 FIRST = np.array([RANGES[name].first for name in CONTROLS])
 STEP = np.array([RANGES[name].step for name in CONTROLS])
 LIMIT = np.array([RANGES[name].limit for name in CONTROLS])
 
 
-def make_loop(runs: int = 1, horizon: int = 10, base: BaseSchedule = BASE) -> ControlLoop:
-    loop = ControlLoop(runs, horizon=horizon, base=base, parameters=100, momentum_sgd=False)
-    loop.restart(range(runs))
-    return loop
+CENTRE = {name: control.denormalize(np.array([0.5, 0.5])) for name, control in CONTROLS.items()}
+"""Of two runs, in the middle of every control's range."""
 
 
-def test_base_schedule_by_hand() -> None:
-    progress = np.array([0.0, 0.05, 0.1, 0.5, 1.0])
-    values = BASE.values(progress)
-    # Half-way through warm-up the rise is 1/2; cosine decay is (1 + cos(pi p)) / 2.
-    rise = [0, 0.5, 1, 1, 1]
-    cosine = [1, 0.5 * (1 + math.cos(0.05 * math.pi)), 0.5 * (1 + math.cos(0.1 * math.pi)), 0.5, 0]
-    assert values["lr"] == pytest.approx([0.004 * r * c for r, c in zip(rise, cosine, strict=True)])
-    assert values["batch_size"].tolist() == [32.0] * 5
-    assert values["weight_decay"].tolist() == [0.1] * 5
-    assert values["dropout"].tolist() == [0.1] * 5
-    assert list(values) == list(CONTROLS)
-
-
-def test_base_schedule_without_warmup() -> None:
-    base = BaseSchedule(lr=1.0, batch_size=32, weight_decay=0.1, dropout=0.1, warmup=0.0)
-    assert base.values(np.array([0.0, 0.5]))["lr"] == pytest.approx([1.0, 0.5])
-
-
-@pytest.mark.parametrize(("field", "value"), [("lr", 0.0), ("lr", math.nan), ("batch_size", -1.0)])
-def test_base_schedule_names_the_bad_value(field: str, value: float) -> None:
-    arguments: dict[str, Any] = {**BASE.to_dict(), field: value}
-    with pytest.raises(ValueError, match=f"{field} must be a positive number, not {value}"):
-        BaseSchedule(**arguments)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_calibrated_schedules_lie_in_the_controls_ranges(optimizer: str) -> None:
-    base = calibrated(optimizer).to_dict()
-    assert BaseSchedule(**base) == calibrated(optimizer)
-    for name, control in CONTROLS.items():
-        assert control.low <= base[name] <= control.high
-        assert base[name] == pytest.approx(float(control.from_scale(control.to_scale(np.asarray(base[name])))))
-
-
-def test_no_calibrated_schedule() -> None:
-    with pytest.raises(ValueError, match="no calibrated schedule for optimizer 'lion'; known: adamw, sgd"):
-        calibrated("lion")
+def peaks(**values: float) -> dict[str, NDArray[np.float64]]:
+    """Base values of one run."""
+    return {name: np.array([values.get(name, CENTRE[name][0])]) for name in CONTROLS}
 
 
 @pytest.mark.parametrize(("first", "reach"), [(True, FIRST), (False, STEP)])
 @pytest.mark.parametrize("sign", [-1.0, 1.0, 0.5])
-def test_reach(first: bool, reach: np.ndarray[Any, np.dtype[np.float64]], sign: float) -> None:
-    moved = move(np.zeros((1, 4)), np.full((1, 4), sign), np.array([first]))
+def test_reach(first: bool, reach: NDArray[np.float64], sign: float) -> None:
+    moved = move(np.zeros((1, 4)), np.full((1, 4), sign), np.array([first]), peaks())
     assert moved[0] == pytest.approx(sign * reach)
 
 
 def test_first_and_later_decisions_side_by_side() -> None:
-    moved = move(np.zeros((2, 4)), np.ones((2, 4)), np.array([True, False]))
+    moved = move(np.zeros((2, 4)), np.ones((2, 4)), np.array([True, False]), CENTRE)
     assert moved == pytest.approx(np.stack([FIRST, STEP]))
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_offsets_are_limited(sign: int) -> None:
+    room = np.array([control.room(CENTRE[name])[max(sign, 0)][0] for name, control in CONTROLS.items()])
     offsets = np.zeros((1, 4))
     for _ in range(40):
-        offsets = move(offsets, np.full((1, 4), sign * np.inf), np.array([False]))
+        offsets = move(offsets, np.full((1, 4), sign * np.inf), np.array([False]), peaks())
         assert (np.abs(offsets) <= LIMIT).all()
-    assert offsets[0].tolist() == (sign * LIMIT).tolist()
+    assert offsets[0] == pytest.approx(sign * np.minimum(LIMIT, np.abs(room)))
+    assert [abs(offset) == limit for offset, limit in zip(offsets[0], LIMIT, strict=True)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("factor", [1.5, 20.0])
+def test_offsets_stay_within_a_factor(factor: float) -> None:
+    offsets = np.zeros((1, 4))
+    for sign in (1, -1):
+        for _ in range(40):
+            offsets = move(offsets, np.full((1, 4), float(sign)), np.array([False]), peaks(), factor)
+        assert offsets[0, [0, 2]] == pytest.approx(sign * math.log(factor))
+        assert (np.abs(offsets) <= math.log(factor)).all()
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("at", [0.0, 0.1, 0.9, 1.0])
+def test_offsets_do_not_wind_up(at: float, sign: float) -> None:
+    """After any number of moves against an end of the range, the first move back shows at once, and whole."""
+    base = {name: control.denormalize(np.array([at])) for name, control in CONTROLS.items()}
+    offsets = move(np.zeros((1, 4)), np.full((1, 4), sign), np.array([True]), base)
+    for _ in range(20):
+        offsets = move(offsets, np.full((1, 4), sign), np.array([False]), base)
+    reached = apply_offsets(base, offsets)
+    back = apply_offsets(base, move(offsets, np.full((1, 4), -sign), np.array([False]), base))
+    for index, (name, control) in enumerate(CONTROLS.items()):
+        end = control.high if sign > 0 else control.low
+        if (at > 0.5) == (sign > 0):
+            assert reached[name][0] == pytest.approx(end), name
+        moved = sign * (control.to_scale(reached[name]) - control.to_scale(back[name]))[0]
+        assert moved == pytest.approx(STEP[index], rel=0.1), name  # the batch size is rounded
+
+
+def test_each_run_has_its_own_room() -> None:
+    base = {name: np.array([control.low, control.high]) for name, control in CONTROLS.items()}
+    down, up = (move(np.zeros((2, 4)), np.full((2, 4), sign), np.array([False] * 2), base) for sign in (-1.0, 1.0))
+    assert down == pytest.approx(np.stack([0 * STEP, -STEP]))
+    assert up == pytest.approx(np.stack([STEP, 0 * STEP]))
 
 
 @pytest.mark.parametrize(("given", "meant"), [(np.nan, 0.0), (7.0, 1.0), (-np.inf, -1.0)])
 @pytest.mark.parametrize("first", [True, False])
 def test_odd_actions(given: float, meant: float, first: bool) -> None:
     offsets = np.array([[0.1, -0.2, 0.3, -0.4]])
-    odd, plain = (move(offsets, np.full((1, 4), value), np.array([first])) for value in (given, meant))
+    odd, plain = (move(offsets, np.full((1, 4), value), np.array([first]), peaks()) for value in (given, meant))
     assert odd.tolist() == plain.tolist()
 
 
@@ -111,65 +110,6 @@ def test_offsets_act_on_each_scale() -> None:
     assert values["batch_size"].tolist() == [64]
     assert values["weight_decay"] == pytest.approx([0.01])
     assert values["dropout"] == pytest.approx([1 / 3])  # odds 1/4, doubled
-
-
-# -- in the loop -------------------------------------------------------------------------------------------------------
-
-
-def test_zero_actions_follow_the_base_schedule_exactly() -> None:
-    loop = make_loop(horizon=10)
-    for interval in range(12):  # past its length the run holds the last interval's values
-        values = loop.decide(np.zeros((1, 4)))
-        expected = BASE.values(np.array([(min(interval, 9) + 0.5) / 10]))
-        assert {name: value.tolist() for name, value in values.items()} == {
-            name: value.tolist() for name, value in expected.items()
-        }
-        loop.record({})
-
-
-def test_an_offset_stays_until_it_is_moved() -> None:
-    loop = make_loop()
-    up = np.array([[1.0, 0.0, 0.0, 0.0]])
-    for interval, (action, offset) in enumerate([(up, 10), (0 * up, 10), (up, 20), (up, 30), (-up, 15)]):
-        values = loop.decide(action)
-        base = BASE.values(np.array([(interval + 0.5) / 10]))
-        assert values["lr"] == pytest.approx(offset * base["lr"])
-        assert values["dropout"] == pytest.approx(base["dropout"], rel=0)
-        loop.record({})
-
-
-def test_fixed_controls_do_not_move() -> None:
-    loop = make_loop(runs=2)
-    loop.restart([0, 1], fixed=[{"dropout": 0.0, "batch_size": 48.0}, {}], lr_scale=np.array([2.0, 1.0]))
-    values = loop.decide(np.ones((2, 4)))
-    assert values["dropout"][0] == 0
-    assert values["batch_size"][0] == 48
-    assert values["dropout"][1] > 0.5 - 1e-9
-    assert values["batch_size"][1] == 128
-    assert loop.state.actions[0].tolist() == [1, 0, 1, 0]
-    assert loop.state.offsets[0, [1, 3]].tolist() == [0, 0]
-    assert values["lr"][0] == pytest.approx(2 * values["lr"][1])
-
-
-def test_restart_concerns_its_runs_only() -> None:
-    loop = make_loop(runs=3)
-    loop.decide(np.ones((3, 4)))
-    loop.record({"val_loss": np.ones(3)})
-    before = loop.values()
-    loop.restart([1], {"val_loss": np.array([9.0])})
-    after = loop.values()
-    assert loop.state.telemetry.interval.tolist() == [1, 0, 1]
-    assert loop.state.offsets[1].tolist() == [0, 0, 0, 0]
-    for name in ("batch_size", "weight_decay", "dropout"):
-        assert after[name][[0, 2]].tolist() == before[name][[0, 2]].tolist()
-        assert after[name][1] == getattr(BASE, name)
-    # The restarted run's next decision is its first.
-    assert loop.decide(np.ones((3, 4)))["batch_size"].tolist() == [256, 128, 256]
-
-
-def test_horizon_is_positive() -> None:
-    with pytest.raises(ValueError, match="horizon must be at least 1 interval, not 0"):
-        make_loop(horizon=0)
 
 
 def test_a_value_outside_the_range_moves_from_where_it_is() -> None:

@@ -15,15 +15,20 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from numpy.typing import NDArray
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import hpo_env
-from hpo_env.actions import BaseSchedule
+from hpo_env.actions import RANGES
+from hpo_env.base_schedules import BaseSchedule
 from hpo_env.env import Episode, HPOEnv, Variation, draw_episode, resolve_tasks
 from hpo_env.hyperparameters import CONTROLS
+from hpo_env.observations import FEATURES
 from hpo_env.vector_env import HPOVectorEnv
 from inner_models.datasets import load_dataset
+from inner_models.replicated_layers import parameter_count
 from inner_models.tasks import DEFAULT_SPECS, Task, TaskDistribution
+from tests.rules import RULES
 
 NAMES = [
     "digits/mlp",
@@ -37,13 +42,28 @@ NAMES = [
 DISTRIBUTION = TaskDistribution(
     entries=(("digits", ("linear", "mlp")), ("diabetes", ("mlp",))),
     horizons=(2, 4),
-    interval_examples=(64, 96),
+    examples=(192, 384),
     train_rows=(64, 128),
 )
-VARIATION = Variation(mask_probability=0.4, start_probability=0.5, blind_probability=0.5)
+VARIATION = Variation(
+    mask_probability=0.4,
+    start_probability=0.5,
+    blind_probability=0.5,
+    untold_probability=0.5,
+    unmeasured_probability=0.5,
+)
 EXPLOSIVE = BaseSchedule(lr=1e9, batch_size=16, weight_decay=1e-3, dropout=0.1, warmup=0.0)
 GENTLE = BaseSchedule(lr=1e-3, batch_size=32, weight_decay=1e-3, dropout=0.1)  # loses no run, whatever the actions
 STAY = np.zeros(len(CONTROLS), np.float32)
+
+INDEX = {feature.name: index for index, feature in enumerate(FEATURES)}
+
+
+@pytest.fixture(autouse=True)
+def rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tests' own, in which every control depends on the run's length."""
+    for module in ("env", "vector_env"):
+        monkeypatch.setattr(f"hpo_env.{module}.calibrated_rule", RULES.__getitem__)
 
 
 def make_task(name: str = "digits/mlp", **overrides: Any) -> Task:
@@ -216,42 +236,164 @@ def test_tasks_are_given_once() -> None:
         HPOEnv("digits/mlp", DISTRIBUTION)
 
 
-@pytest.mark.parametrize("field", ["mask_probability", "start_probability", "blind_probability", "start_factor"])
-def test_variation_names_the_bad_value(field: str) -> None:
-    value = 0.5 if field == "start_factor" else 1.5
+PROBABILITIES = tuple(f"{name}_probability" for name in ("mask", "start", "blind", "untold", "unmeasured"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [*((name, value) for name in PROBABILITIES for value in (1.5, -0.1, np.nan)), ("start_factor", 0.5)],
+)
+def test_variation_names_the_bad_value(field: str, value: float) -> None:
     arguments: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=f"{field}={value}"):
         Variation(**arguments)
 
 
+def draws(variation: Variation, count: int = 200) -> list[Episode]:
+    return [draw_episode(np.random.default_rng(seed), variation) for seed in range(count)]
+
+
 def test_draws_of_an_episode() -> None:
     plain = draw_episode(np.random.default_rng(0), Variation())
-    assert plain == Episode(plain.seed, {}, 1.0, False)
-    episodes = [draw_episode(np.random.default_rng(seed), Variation(0.5, 0.5, 10.0, 0.5)) for seed in range(200)]
+    assert plain == Episode(plain.seed, {}, (0.0, 0.0, 0.0, 0.0), blind=False, untold=False, unmeasured=False)
+    episodes = draws(Variation(*[0.5, 0.5, 10.0, 0.5, 0.5, 0.5]))
     assert len({episode.seed for episode in episodes}) == 200
     for name, control in CONTROLS.items():
         fixed = [episode.fixed[name] for episode in episodes if name in episode.fixed]
         assert len(fixed) == 0 if name == "lr" else 60 < len(fixed) < 140
         assert all(control.low <= value <= control.high for value in fixed)
-    scales = np.array([episode.lr_scale for episode in episodes])
-    assert 60 < (scales != 1).sum() < 140
-    assert 0.1 <= scales.min() < 0.2
-    assert 5 < scales.max() <= 10
-    assert 60 < sum(episode.blind for episode in episodes) < 140
+    hidden = np.array([[episode.blind, episode.untold, episode.unmeasured] for episode in episodes])
+    assert (np.abs(hidden.mean(axis=0) - 0.5) < 0.2).all()
+    for first, second in ((0, 1), (0, 2), (1, 2)):  # each by itself
+        assert 0.3 < (hidden[:, first] == hidden[:, second]).mean() < 0.7
+
+
+def test_draws_of_a_base_that_is_off() -> None:
+    """The learning rate always, by up to `start_factor`; each other control in half of the episodes."""
+    shifts = np.array([episode.shifts for episode in draws(Variation(start_probability=0.5, start_factor=10.0), 400)])
+    off = shifts[:, 0] != 0
+    assert 140 < off.sum() < 260
+    assert (shifts[~off] == 0).all()
+    for column, name in enumerate(CONTROLS):
+        reach = np.log(10) if name == "lr" else RANGES[name].first
+        drawn = shifts[off, column][shifts[off, column] != 0]
+        share = len(drawn) / off.sum()
+        assert share == 1 if name == "lr" else 0.35 < share < 0.65
+        assert -reach <= drawn.min() < -0.8 * reach
+        assert 0.8 * reach < drawn.max() <= reach
+        assert abs(drawn.mean()) < 0.2 * reach
+    assert all(np.unique(shifts[off, 1:] != 0, axis=0).sum(axis=0) == 4)  # in every combination
+
+
+def test_equal_generators_give_equal_episodes_whatever_the_probabilities() -> None:
+    """Every draw is made, used or not, so that what one thing's probability is does not move another."""
+    everything, nothing = draws(Variation(1, 1, 100, 1, 1, 1)), draws(Variation())
+    assert [episode.seed for episode in everything] == [episode.seed for episode in nothing]
+    blind = draws(Variation(blind_probability=0.3))
+    assert [episode.blind for episode in blind] == [
+        episode.blind for episode in draws(Variation(0.5, 0.5, 10, 0.3, 1, 0.5))
+    ]
+
+
+def observed(observation: NDArray[np.float32]) -> dict[str, float]:
+    return {name: float(observation[index]) for name, index in INDEX.items()}
 
 
 def test_variation_shows_in_an_episode() -> None:
     variation = Variation(mask_probability=1, start_probability=1, blind_probability=1)
     env = HPOEnv(make_task(), variation=variation, base=BaseSchedule(0.01, 32, 0.1, 0.1))
     _, info = env.reset(seed=0)
-    features = dict(zip([feature.name for feature in hpo_env.observations.FEATURES], env.reset(seed=0)[0], strict=True))
+    features = observed(env.reset(seed=0)[0])
     assert [features[f"{name}_available"] for name in CONTROLS] == [1, 0, 0, 0]
     assert features["val_missing"] == 1
-    after = env.step(np.ones(4, np.float32))[4]
-    assert after["lr"] == pytest.approx(10 * info["lr"])
+    after = env.step(-np.ones(4, np.float32))[4]
+    assert after["lr"] == pytest.approx(info["lr"] / 30)
     assert {name: after[name] for name in ("batch_size", "weight_decay", "dropout")} == {
         name: info[name] for name in ("batch_size", "weight_decay", "dropout")
     }
+
+
+def parameters_of(env: HPOEnv) -> int:
+    assert env._training is not None
+    return parameter_count(env._training.model)
+
+
+def base_of(env: HPOEnv, examples: float, interval: int = 0) -> dict[str, float]:
+    """The values that the rule has for a run of that length."""
+    schedule = RULES[env.task.optimizer].schedule(examples, parameters_of(env))
+    values = schedule.values(np.array([(interval + 0.5) / env.task.horizon]))
+    return {name: value.item() for name, value in values.items()}
+
+
+def values_in(info: dict[str, Any]) -> dict[str, float]:
+    return {name: info[name] for name in CONTROLS}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_run_that_is_left_alone_follows_the_rule(optimizer: str) -> None:
+    """That of its optimizer, for its length and size."""
+    env = HPOEnv(make_task(optimizer=optimizer))
+    observation, info = env.reset(seed=0)
+    assert observed(observation)["examples"] == pytest.approx(np.log10(3 * 64) / 8)
+    assert values_in(info) == pytest.approx(base_of(env, 3 * 64))
+    for interval in range(3):
+        observation, _, _, _, info = env.step(STAY)
+        assert values_in(info) == pytest.approx(base_of(env, 3 * 64, interval))
+        assert [observed(observation)[f"{name}_offset"] for name in CONTROLS] == [0, 0, 0, 0]
+
+
+def test_the_length_is_told_after_the_first_interval() -> None:
+    """What it begins with is for a typical run; what the information says is what the interval was trained with."""
+    env = HPOEnv(make_task(), variation=Variation(untold_probability=1))
+    observation, info = env.reset(seed=0)
+    features = observed(observation)
+    assert (features["examples"], features["examples_known"]) == (0, 0)
+    assert values_in(info) == pytest.approx(base_of(env, np.nan))
+    assert env._training is not None
+    for interval in range(3):
+        observation, _, _, _, info = env.step(STAY)
+        expected = base_of(env, 3 * 64 if interval else np.nan, interval)
+        assert values_in(info) == pytest.approx(expected), interval
+        assert env._training.optimizer.param_groups[0]["lr"] == pytest.approx(expected["lr"])
+        features = observed(observation)
+        assert features["examples_known"] == 1
+        assert features["examples"] == pytest.approx(np.log10(3 * 64) / 8)
+
+
+def test_gradients_are_never_measured() -> None:
+    env, measured = (HPOEnv(make_task(), variation=Variation(unmeasured_probability=share)) for share in (1, 0))
+    of_gradients = [name for name in INDEX if name.startswith(("grad", "update_ratio"))]
+    for each in (env, measured):
+        each.reset(seed=0)
+    for _ in range(3):
+        (hidden, *rest), (shown, *others) = env.step(STAY), measured.step(STAY)
+        assert rest == others  # the run is the same
+        features, full = observed(hidden), observed(shown)
+        assert {name: value for name, value in features.items() if name not in of_gradients} == {
+            name: value for name, value in full.items() if name not in of_gradients
+        }
+        assert {name: features[name] for name in of_gradients} == {
+            name: float(name == "gradients_missing") for name in of_gradients
+        }
+        assert full["gradients_missing"] == 0
+    assert full["update_ratio"] != 0
+
+
+def test_a_base_that_is_off_shows_in_an_episode() -> None:
+    env = HPOEnv(make_task(), variation=Variation(start_probability=1))
+    moved = set()
+    for seed in range(6):
+        observation, info = env.reset(seed=seed)
+        shifts = draw_episode(np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))), env._variation).shifts
+        features, base = observed(observation), base_of(env, 3 * 64)
+        for (name, control), shift in zip(CONTROLS.items(), shifts, strict=True):
+            down, up = control.room(np.asarray(RULES["adamw"].schedule(3 * 64, parameters_of(env)).to_dict()[name]))
+            if name != "batch_size":  # that one is rounded
+                expected = np.clip(shift, down, up) / RANGES[name].limit
+                assert features[f"{name}_offset"] == pytest.approx(expected, abs=1e-6)
+            assert (info[name] != pytest.approx(base[name])) == (shift != 0) or name == "batch_size"
+            moved |= {name} if features[f"{name}_offset"] else set()
+    assert moved == set(CONTROLS)
 
 
 # -- the test split ----------------------------------------------------------------------------------------------------

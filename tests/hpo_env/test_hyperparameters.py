@@ -54,6 +54,25 @@ def test_scales_by_hand() -> None:
     assert LINEAR.denormalize(np.array([0.25])) == pytest.approx([0.0])
 
 
+@pytest.mark.parametrize("hyperparameter", HYPERPARAMETERS, ids=ids)
+def test_room_is_the_way_to_the_ends(hyperparameter: Hyperparameter) -> None:
+    values = hyperparameter.denormalize(np.array([0.0, 0.3, 1.0]))
+    down, up = hyperparameter.room(values)
+    scaled = hyperparameter.to_scale(values)
+    assert hyperparameter.from_scale(scaled + down) == pytest.approx([hyperparameter.low] * 3)
+    assert hyperparameter.from_scale(scaled + up) == pytest.approx([hyperparameter.high] * 3)
+    assert (down[0], up[2]) == pytest.approx((0, 0), abs=1e-12)
+    assert (down[1:] < 0).all()
+    assert (up[:2] > 0).all()
+    down, up = hyperparameter.room(np.array([hyperparameter.high + 9.0]))
+    assert (down[0], up[0]) == (pytest.approx(scaled[0] - scaled[2]), 0)  # none above the range, and all the way back
+
+
+def test_room_by_hand() -> None:
+    down, up = CONTROLS["lr"].room(np.array([1e-3]))
+    assert [down[0], up[0]] == pytest.approx([math.log(1e-3), math.log(1e3)])
+
+
 def test_batch_sizes_are_multiples() -> None:
     control = CONTROLS["batch_size"]
     sizes = control.from_scale(np.log(np.array([16.0, 23.9, 24.1, 100.0, 250.0])))

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hpo_env.actions import RANGES, BaseSchedule
+from hpo_env.actions import RANGES
+from hpo_env.base_schedules import BaseSchedule
 from hpo_env.control import ControlLoop
 from hpo_env.env import HPOEnv
 from hpo_env.hyperparameters import CONTROLS
 from hpo_env.observations import FEATURES, HIGH, LOW, relative_difference
 from inner_models.signals import SIGNALS
+from tests.rules import flat
 
 INDEX = {feature.name: index for index, feature in enumerate(FEATURES)}
 ODD = (np.nan, np.inf, -np.inf, 1e308, -1e308, 1e-308, 5e-324, 0.0, -0.0, -3.0, 1.0)
@@ -25,7 +27,7 @@ BASE = BaseSchedule(lr=0.01, batch_size=32, weight_decay=0.1, dropout=0.1)
 
 
 def make_loop(runs: int = 1, horizon: int = 8) -> ControlLoop:
-    loop = ControlLoop(runs, horizon=horizon, base=BASE, parameters=10_000, momentum_sgd=True)
+    loop = ControlLoop(runs, horizon=horizon, rule=flat(BASE), parameters=10_000, momentum_sgd=True)
     loop.restart(range(runs))
     return loop
 
@@ -179,6 +181,8 @@ def test_first_decision() -> None:
     assert features == pytest.approx(expected)
     loop.restart([0])
     assert named(loop) == pytest.approx(expected | {"val_missing": 1.0})
+    loop.restart([0], examples=np.array([1e6]))
+    assert named(loop) == pytest.approx(expected | {"val_missing": 1.0, "examples": 0.75, "examples_known": 1.0})
 
 
 def test_features_by_hand() -> None:
@@ -210,6 +214,11 @@ def test_features_by_hand() -> None:
         "val_change_1": changes[0],
         "val_change_2": 0,
         "val_change_4": 0,  # before the start
+        "val_change_eighth": changes[0],  # of 8 intervals, one
+        "val_change_third": changes[2],  # three
+        "train_change_eighth": 0,
+        "train_change_third": 0,  # before the start
+        "train_since_start": -1,
         "train_change_1": 0,
         "train_change_2": -1,
         "val_since_start": -2 / 7,
@@ -226,7 +235,7 @@ def test_features_by_hand() -> None:
         "update_ratio_change": 1,
         "val_missing": 0,
         "gradients_missing": 0,
-        "lr_offset": (math.log(10) + math.log(2)) / math.log(30),
+        "lr_offset": (math.log(30) + math.log(2.5)) / math.log(100),
         "lr_action": 0.5,
         "batch_size_offset": 0,
         "weight_decay_offset": -(math.log(30) + 2 * math.log(3)) / math.log(300),
@@ -239,3 +248,36 @@ def test_features_by_hand() -> None:
     assert {name: features[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
     loop.record({"val_loss": np.array([3.0])})
     assert named(loop)["val_roughness"] == pytest.approx(np.std([0.0, *changes[:3]]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("horizon", "eighth", "third"), [(1, 1, 1), (8, 1, 3), (24, 3, 8), (64, 8, 21), (44, 6, 15)])
+def test_changes_over_a_share_of_the_run(horizon: int, eighth: int, third: int) -> None:
+    """Both look back as far as a run of any length needs, and at nothing before its start."""
+    loop = make_loop(horizon=horizon)
+    loop.restart([0], {"val_loss": np.array([1.0])})
+    for interval in range(1, horizon + 1):
+        loop.record({"val_loss": np.array([1.0 + interval]), "train_loss": np.array([2.0 + interval])})
+        features = named(loop)
+        for name, lag in (("eighth", eighth), ("third", third)):
+            val = 2 * lag / (2 * (1 + interval) - lag) if interval >= lag else 0
+            train = 2 * lag / (2 * (2 + interval) - lag) if interval > lag else 0  # there is none before training
+            assert features[f"val_change_{name}"] == pytest.approx(val, rel=1e-5), interval
+            assert features[f"train_change_{name}"] == pytest.approx(train, rel=1e-5), interval
+
+
+def test_losses_since_the_start() -> None:
+    loop = make_loop()
+    for losses in ((4.0, 2.0), (2.0, 4.0), (np.nan, 6.0)):
+        loop.record({"train_loss": np.array([losses[0]]), "val_loss": np.array([losses[1]])})
+        features = named(loop)
+        expected = [0.0 if np.isnan(a) else 2 * (a - b) / (a + b) for a, b in zip(losses, (4.0, 2.0), strict=True)]
+        assert [features["train_since_start"], features["val_since_start"]] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("examples", [np.nan, 1.0, 1e4, 1e30, np.inf])
+def test_any_length_of_a_run(examples: float) -> None:
+    loop = make_loop()
+    loop.restart([0], examples=np.array([examples]))
+    features = named(loop)
+    assert features["examples_known"] == np.isfinite(examples)
+    assert features["examples"] == pytest.approx({1e4: 0.5, 1e30: 1.5}.get(examples, 0.0))

@@ -13,26 +13,36 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
 
-from hpo_env.actions import BaseSchedule
+from hpo_env.base_schedules import BaseSchedule
 from hpo_env.env import INFO_KEYS, HPOEnv, Variation
 from hpo_env.hyperparameters import CONTROLS
 from hpo_env.observations import FEATURES
 from hpo_env.vector_env import HPOVectorEnv
 from inner_models.tasks import Task, TaskDistribution
+from tests.rules import RULES
 
-VARIATION = Variation(mask_probability=0.3, start_probability=0.3, blind_probability=0.3)
-MASKED = Variation(mask_probability=0.3, blind_probability=0.3)
+HIDDEN = {"blind_probability": 0.3, "untold_probability": 0.5, "unmeasured_probability": 0.5}
+VARIATION = Variation(mask_probability=0.3, start_probability=0.3, **HIDDEN)
+MASKED = Variation(mask_probability=0.3, **HIDDEN)
 DISTRIBUTION = TaskDistribution(
     entries=(("digits", ("linear", "mlp")), ("diabetes", ("mlp",))),
     horizons=(3, 6),
-    interval_examples=(64, 96),
+    examples=(192, 384),
     train_rows=(64, 128),
 )
-PROGRESS = [feature.name for feature in FEATURES].index("progress")
+INDEX = {feature.name: index for index, feature in enumerate(FEATURES)}
+PROGRESS = INDEX["progress"]
 # Loses a run at once, unless the first action moves the learning rate: moved values lie in the control's own range.
 EXPLOSIVE = BaseSchedule(lr=1e9, batch_size=16, weight_decay=1e-3, dropout=0.1, warmup=0.0)
 
 GENTLE = BaseSchedule(lr=1e-3, batch_size=32, weight_decay=1e-3, dropout=0.1)
+
+
+@pytest.fixture(autouse=True)
+def rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tests' own, in which every control depends on the run's length."""
+    for module in ("env", "vector_env"):
+        monkeypatch.setattr(f"hpo_env.{module}.calibrated_rule", RULES.__getitem__)
 
 
 def make_task(name: str = "digits/mlp", **overrides: Any) -> Task:
@@ -126,6 +136,14 @@ def test_same_episodes_under_sgd_in_cohorts() -> None:
     assert assert_twins(4, steps=6, cohorts=2, task=make_task(optimizer="sgd"), base=GENTLE, variation=VARIATION) == 4
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_same_episodes_where_the_base_is_the_rules(optimizer: str) -> None:
+    """Where it is for a typical run until the length is known, and off in some of them."""
+    task = make_task(optimizer=optimizer, horizon=3)
+    everything = Variation(mask_probability=0.3, start_probability=0.3, start_factor=3.0, **HIDDEN)
+    assert assert_twins(6, 7, cohorts=2, draw=gentle_actions, task=task, variation=everything) == 12
+
+
 def test_same_episodes_when_some_diverge() -> None:
     """Replicas end at different times; each goes on with its own next episode."""
     ended = assert_twins(4, steps=10, draw=reckless_actions, task=make_task(), base=EXPLOSIVE)
@@ -143,6 +161,43 @@ def test_one_replica_cohorts_equal_single_environments(cohorts: int) -> None:
     """Also where tasks are sampled: a cohort of one draws what `HPOEnv` draws (as long as no run is lost)."""
     ended = assert_twins(cohorts, 12, cohorts, draw=gentle_actions, tasks=DISTRIBUTION, base=GENTLE, variation=MASKED)
     assert ended >= 2 * cohorts
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_what_is_hidden_from_each_run(share: int) -> None:
+    hidden = Variation(untold_probability=share, unmeasured_probability=share)
+    env = HPOVectorEnv(num_envs=3, task=make_task(horizon=2), base=GENTLE, variation=hidden)
+    columns = [INDEX["examples_known"], INDEX["gradients_missing"], INDEX["grad_norm_change"]]
+    first = env.reset(seed=0)[0]
+    for _ in range(2):  # again after a reset of its own
+        assert first[:, INDEX["examples_known"]].tolist() == [1 - share] * 3
+        assert (first[:, INDEX["examples"]] == 0).all() == bool(share)
+        then = env.step(stay(3))[0]
+        assert then[:, columns[:2]].tolist() == [[1, share]] * 3
+        first, *_, infos = env.step(stay(3))
+        last = np.stack(list(infos["final_obs"]))
+        assert last[:, columns[:2]].tolist() == [[1, share]] * 3
+        assert (last[:, columns[2]] == 0).all() == bool(share)
+
+
+def test_each_run_is_hidden_from_by_itself() -> None:
+    """As its own episode says, also after a restart on its own while the others go on."""
+    env = HPOVectorEnv(6, task=make_task(horizon=6), base=EXPLOSIVE, variation=Variation(**HIDDEN))
+    known = env.reset(seed=0)[0][:, INDEX["examples_known"]]
+    assert set(known.tolist()) == {0, 1}
+    rng = np.random.default_rng(0)
+    restarted = set()
+    for _ in range(12):
+        hidden = env._cohorts[0]._unmeasured.copy()
+        observations, _, terminated, _, infos = env.step(reckless_actions(rng, 6))
+        for run in range(6):
+            if not terminated[run]:
+                assert observations[run, INDEX["examples_known"]] == 1
+                assert observations[run, INDEX["gradients_missing"]] == hidden[run]
+            else:
+                assert infos["final_obs"][run][INDEX["examples_known"]] == 1
+                restarted.add(float(observations[run, INDEX["examples_known"]]))
+    assert restarted == {0, 1}
 
 
 # -- cohorts -----------------------------------------------------------------------------------------------------------
@@ -167,6 +222,25 @@ def test_cohorts_share_a_task_and_move_on_together() -> None:
         assert env.intervals.tolist() == np.repeat(ages, 2).tolist()
     assert all(len(tasks) > 2 for tasks in seen)
     assert not seen[0] & seen[1]
+
+
+def test_replicas_of_a_drawn_task_share_the_episode() -> None:
+    """Equal actions, equal runs: what replicas differ in is what they do."""
+    env = HPOVectorEnv(6, tasks=DISTRIBUTION, cohorts=2, variation=Variation(**HIDDEN), base=GENTLE)
+    observations, infos = env.reset(seed=3)
+    for _ in range(8):
+        for row in (0, 3):
+            np.testing.assert_array_equal(observations[row : row + 3], observations[[row] * 3])
+            np.testing.assert_allclose(infos["val_loss"][row : row + 3], infos["val_loss"][row], rtol=1e-5)
+        assert not np.array_equal(observations[0], observations[3])
+        observations, _, _, _, infos = env.step(np.zeros((6, len(CONTROLS)), np.float32))
+    assert env.tasks[0].seed is not None
+    moved = np.zeros((6, len(CONTROLS)), np.float32)
+    moved[1] = 0.5
+    observations, _ = env.reset(seed=4)
+    observations, _, _, _, infos = env.step(moved)
+    assert infos["val_loss"][0] == pytest.approx(infos["val_loss"][2], rel=1e-5)
+    assert infos["val_loss"][1] != pytest.approx(infos["val_loss"][2], rel=1e-5)
 
 
 def test_a_cohort_whose_replicas_have_all_diverged_moves_on() -> None:

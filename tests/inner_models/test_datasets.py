@@ -7,6 +7,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,14 @@ import torch
 from sklearn.utils import Bunch
 from torch import Tensor
 
-from inner_models import datasets
+from inner_models import datasets, generators
 from inner_models.datasets import Dataset, DatasetError, Split, dataset_names, load_dataset
 
 # fashion-mnist has its own test: its files come from the system, not from a package.
 BUNDLED = [name for name in dataset_names() if name != "fashion-mnist"]
-PROCEDURAL = ("addition-sequence", "friedman", "images-", "markov-text-", "mnist1d", "teacher-", "waveforms", "xor-")
+PROCEDURAL = (
+    "addition-sequence", "friedman", "function-", "images-", "markov-text-", "mnist1d", "teacher-", "waveforms", "xor-",
+)  # fmt: skip
 SHAPES = {
     "ames": (None, 1),
     "arrow-head": ((62, 1), 3),
@@ -99,7 +102,9 @@ def test_shapes(name: str, expected: tuple[tuple[int, ...] | None, int]) -> None
     assert dataset.input_shape == expected[0] or expected[0] is None
 
 
-@pytest.mark.parametrize("name", ["concrete", "diabetes", "digits", "japanese-vowels", "satimage", "waveforms"])
+@pytest.mark.parametrize(
+    "name", ["concrete", "diabetes", "digits", "function-2", "function-3", "japanese-vowels", "satimage", "waveforms"]
+)
 def test_train_statistics_standardize(name: str) -> None:
     dataset = load(name)
     axes = {"table": (0,), "image": (0, 2, 3), "sequence": (0, 1)}[dataset.modality]
@@ -121,7 +126,7 @@ def test_standardization_reads_train_rows_only_and_zeroes_constants() -> None:
     assert result.tolist() == [[-1, 0, 0], [1, 0, 0], [98, 0, 0]]
 
 
-@pytest.mark.parametrize("name", ["digits", "teacher-3", "twonorm", "sunspot-month"])
+@pytest.mark.parametrize("name", ["digits", "function-5", "teacher-3", "twonorm", "sunspot-month"])
 def test_splits_are_disjoint(name: str) -> None:
     """On sets without repeated rows; several published ones repeat some."""
     train, val, test = map(rows, splits(load(name)))
@@ -138,7 +143,9 @@ def test_windows_of_different_splits_share_no_text() -> None:
     assert "".join(symbols[token] for token in joined.tolist()) == content[: len(joined)]
 
 
-@pytest.mark.parametrize("name", ["digits", "japanese-vowels", "diamonds", "teacher-0", "markov-text-1", "images-2"])
+@pytest.mark.parametrize(
+    "name", ["digits", "japanese-vowels", "diamonds", "function-1", "teacher-0", "markov-text-1", "images-2"]
+)
 def test_seed_fixes_the_split(name: str) -> None:
     first = load(name)
     datasets._load.cache_clear()
@@ -149,7 +156,60 @@ def test_seed_fixes_the_split(name: str) -> None:
         assert not torch.equal(split.inputs[:100], different.inputs[:100])
 
 
-@pytest.mark.parametrize("name", ["digits", "friedman", "mnist1d"])
+FUNCTIONS = range(16)
+
+
+@pytest.mark.parametrize("number", FUNCTIONS)
+def test_a_function_is_known_by_its_number(number: int) -> None:
+    """Its inputs and its noise are drawn anew; what is drawn once is the problem."""
+    (inputs, targets), (again, same), (others, different) = (
+        generators.function(number, np.random.default_rng(seed)) for seed in (0, 0, 1)
+    )
+    assert np.array_equal(inputs, again)
+    assert np.array_equal(targets, same)
+    assert inputs.shape == others.shape
+    assert targets.shape == different.shape == (len(inputs), 1)
+    assert 6 <= inputs.shape[1] <= 30
+    assert 1000 <= len(inputs) <= 8000
+    assert np.isfinite(inputs).all()
+    assert np.isfinite(targets).all()
+    assert not np.array_equal(targets, different)
+    binary = [set(np.unique(column)) <= {0.0, 1.0} for column in inputs.T]
+    assert binary == [set(np.unique(column)) <= {0.0, 1.0} for column in others.T]
+
+
+def test_functions_differ() -> None:
+    drawn = [generators.function(number, np.random.default_rng(0)) for number in FUNCTIONS]
+    assert len({(inputs.shape, float(targets.sum())) for inputs, targets in drawn}) == len(FUNCTIONS)
+    tails = [float(np.abs(inputs / inputs.std(axis=0)).max()) for inputs, _ in drawn]
+    assert min(tails[1::2]) > max(tails[::2])  # every other one is heavy-tailed
+
+
+def test_a_function_can_be_learnt() -> None:
+    """What fits one sample of it tells something of another."""
+
+    def features(inputs: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Any:
+        scaled = np.tanh(inputs / inputs.std(axis=0))
+        return np.column_stack([scaled, scaled**2, np.ones(len(inputs))])
+
+    for number in FUNCTIONS:
+        (inputs, targets), (others, different) = (
+            generators.function(number, np.random.default_rng(seed)) for seed in (0, 1)
+        )
+        weights = np.linalg.lstsq(features(inputs), targets, rcond=None)[0]
+        error = float(np.square(features(others) @ weights - different).mean())
+        assert error < 0.97 * different.var(), number
+
+
+@pytest.mark.parametrize("name", ["function-0", "function-7", "function-15"])
+def test_a_function_is_a_regression(name: str) -> None:
+    dataset = load(name)
+    assert (dataset.target, dataset.outputs, dataset.modality) == ("regression", 1, "table")
+    assert dataset.train.targets.dtype == torch.float32
+    assert float(dataset.train.targets.std()) == pytest.approx(1, abs=0.25)
+
+
+@pytest.mark.parametrize("name", ["digits", "friedman", "function-0", "mnist1d"])
 def test_no_global_randomness(name: str) -> None:
     def numpy_state() -> str:
         return str(np.random.get_state(legacy=False))  # noqa: NPY002 - the global state is what must not move
@@ -187,10 +247,11 @@ def test_unknown_name_suggests_the_nearest() -> None:
     ) as error:
         load_dataset("lettr")
     assert "teacher-0..31" in str(error.value)
+    assert "function-0..15" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["", "openml:", "torchvision:", "teacher-32", "???"])
+@pytest.mark.parametrize("name", ["", "openml:", "torchvision:", "teacher-32", "function-16", "???"])
 def test_other_unknown_names(name: str) -> None:
     with pytest.raises(DatasetError, match="unknown data set"):
         load_dataset(name)

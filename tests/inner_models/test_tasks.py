@@ -14,7 +14,15 @@ from inner_models.datasets import DatasetError, load_dataset
 from inner_models.models import ModelKind, ModelSpec
 from inner_models.names import unknown
 from inner_models.sampling import MICRO_BATCH
-from inner_models.tasks import COST_SHARE, DEFAULT_SPECS, Task, TaskDistribution, elementwise_loss, prepare
+from inner_models.tasks import (
+    COST_SHARE,
+    DEFAULT_SPECS,
+    FULL_SHARE_WIDTH,
+    Task,
+    TaskDistribution,
+    elementwise_loss,
+    prepare,
+)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +219,7 @@ DISTRIBUTION = TaskDistribution(
     depths=(1, 3),
     optimizers=("adamw", "adamw", "adamw", "sgd"),
     horizons=(8, 32),
-    interval_examples=(256, 1024),
+    examples=(4096, 16_384),
     train_rows=(96, 2048),
     eval_rows=384,
     noisy_share=0.3,
@@ -241,7 +249,12 @@ def test_samples_lie_in_their_ranges() -> None:
         assert task.label_noise == 0 or 0.05 <= task.label_noise <= 0.3
         assert task.interval_examples is not None
         share = COST_SHARE.get(kind, 1)
-        assert int(share * 256) <= task.interval_examples <= int(share * 1024)
+        examples = task.horizon * task.interval_examples
+        assert examples <= share * 16_384 or task.interval_examples == 2 * MICRO_BATCH
+        assert examples > share * FULL_SHARE_WIDTH / 96 * 4096 - task.horizon
+        if kind == "mlp":
+            narrow = min(1, FULL_SHARE_WIDTH / width)
+            assert narrow * 4096 - task.horizon < examples <= narrow * 16_384
         assert task.eval_rows == max(128, int(share * 384))
         assert 1 <= depth <= (2 if kind in ("gru", "transformer", "autoencoder") else 3)
         if kind == "cnn":
@@ -266,6 +279,33 @@ def test_samples_reach_everything() -> None:
     assert np.mean([task.label_noise > 0 for task in tasks]) == pytest.approx(0.3, abs=0.17)
     # Log-uniform: the median is the geometric mean of the ends.
     assert np.median([task.horizon for task in tasks]) == pytest.approx(16, abs=2.5)
+
+
+def test_examples_are_those_of_the_episode() -> None:
+    """However many intervals they are divided into."""
+    distribution = TaskDistribution(entries=(("digits", ("linear",)),), widths=(16, 64), examples=(2000, 32_000))
+    rng = np.random.default_rng(0)
+    tasks = [distribution.sample(rng) for _ in range(400)]
+    examples = np.array([task.horizon * (task.interval_examples or 0) for task in tasks])
+    horizons = np.array([task.horizon for task in tasks])
+    assert np.median(examples) == pytest.approx(8000, rel=0.2)
+    assert abs(np.corrcoef(np.log(examples), np.log(horizons))[0, 1]) < 0.15
+    assert (examples <= 32_000).all()
+    assert (examples > 2000 - horizons).all()
+
+
+def test_an_interval_has_two_micro_batches_at_least() -> None:
+    distribution = TaskDistribution(entries=(("waveforms", ("gru",)),), horizons=(64, 64), examples=(64, 128))
+    rng = np.random.default_rng(0)
+    assert {distribution.sample(rng).interval_examples for _ in range(20)} == {2 * MICRO_BATCH}
+
+
+@pytest.mark.parametrize("field", ["widths", "depths", "horizons", "examples", "train_rows"])
+@pytest.mark.parametrize("bad", [(0, 5), (7, 6), (-1, 2)])
+def test_ranges_that_are_none(field: str, bad: tuple[int, int]) -> None:
+    arguments: dict[str, Any] = {field: bad}
+    with pytest.raises(ValueError, match=rf"{field} must be a range of positive .* not {bad[0]}\.\.{bad[1]}"):
+        replace(DISTRIBUTION, **arguments)
 
 
 def test_samples_can_be_prepared() -> None:

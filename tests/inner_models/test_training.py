@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from inner_models.models import Dropout, ModelKind, ModelSpec, build_model
 from inner_models.sampling import BatchSampler, draw_bytes, draw_order
-from inner_models.signals import SIGNALS, GradientMeter
+from inner_models.signals import MEASURE_EVERY, SIGNALS, GradientMeter
 from inner_models.tasks import Task, prepare
 from inner_models.training import Training, build_optimizer
 
@@ -158,9 +158,9 @@ def test_batch_sampler_in_a_data_loader(workers: int) -> None:
 def test_gradient_meter_by_hand() -> None:
     """Two parameters at (3, 4) under SGD with lr 0.1 and momentum 0.5.
 
-    The gradient is (3, 4) in step 1, zero in steps 2-4 (not measured) and (0, 12) in step 5. Norms: 5 and 12. Cosines:
-    0 without a momentum, then (0, 12) with a multiple of (3, 4), 4/5. The momenta sum to
-    (3, 4)(1 + 1/2 + 1/4 + 1/8 + 1/16) + (0, 12) = (5.8125, 19.75).
+    The gradient is (3, 4) in the first step, zero in the next ones (not measured) and (0, 12) in the next measured one.
+    Norms: 5 and 12. Cosines: 0 without a momentum, then (0, 12) with a multiple of (3, 4), 4/5. Of the first gradient
+    `left` is in the momentum in the end; the momenta sum to (3, 4)(2 - left) + (0, 12).
     """
     parameters = [nn.Parameter(torch.tensor([value], dtype=torch.float64)) for value in (3.0, 4.0)]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.5)
@@ -171,22 +171,25 @@ def test_gradient_meter_by_hand() -> None:
             parameter.grad = torch.tensor([value], dtype=torch.float64)
         optimizer.step()
 
-    for gradient in ((3.0, 4.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (0.0, 12.0)):
+    for gradient in ((3.0, 4.0), *[(0.0, 0.0)] * (MEASURE_EVERY - 1), (0.0, 12.0)):
         step(*gradient)
-    assert [p.item() for p in parameters] == pytest.approx([3 - 0.58125, 4 - 1.975])
+    left = 0.5**MEASURE_EVERY
+    moved = 0.3 * (2 - left), 0.4 * (2 - left) + 1.2
+    assert [p.item() for p in parameters] == pytest.approx([3 - moved[0], 4 - moved[1]])
     assert meter.finish() == pytest.approx(
         {
             "grad_norm": 8.5,
             "grad_norm_std": 3.5,
             "grad_cosine": 0.4,
-            "update_ratio": math.hypot(0.58125, 1.975) / math.hypot(3 - 0.58125, 4 - 1.975),
+            "update_ratio": math.hypot(*moved) / math.hypot(3 - moved[0], 4 - moved[1]),
         }
     )
-    # The next interval begins at its own first step. Momentum by now is (0.1875, 12.25).
+    # The next interval begins at its own first step.
+    momentum = 3 * left, 4 * left + 12
     step(6.0, 8.0)
     signals = meter.finish()
     assert (signals["grad_norm"], signals["grad_norm_std"]) == (10, 0)
-    assert signals["grad_cosine"] == pytest.approx((0.6 * 0.1875 + 0.8 * 12.25) / math.hypot(0.1875, 12.25))
+    assert signals["grad_cosine"] == pytest.approx((0.6 * momentum[0] + 0.8 * momentum[1]) / math.hypot(*momentum))
     meter.close()
     step(1.0, 1.0)
     assert math.isnan(meter.finish()["grad_norm"])
@@ -203,16 +206,18 @@ def test_gradient_meter_without_momentum_or_steps() -> None:
     assert math.isnan(meter.finish()["grad_norm"])
 
 
-def test_gradient_meter_measures_every_fourth_step() -> None:
+def test_gradient_meter_measures_one_step_in_several() -> None:
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
     meter = GradientMeter(optimizer)
-    for norm in range(10):
+    for norm in range(2 * MEASURE_EVERY + 2):
+        assert meter.steps == norm
         parameter.grad = torch.full((1,), float(norm))
         optimizer.step()
     signals = meter.finish()
-    assert signals["grad_norm"] == pytest.approx((0 + 4 + 8) / 3)
-    assert signals["grad_norm_std"] == pytest.approx(np.std([0, 4, 8]))
+    assert signals["grad_norm"] == pytest.approx(MEASURE_EVERY)
+    assert signals["grad_norm_std"] == pytest.approx(np.std([0, MEASURE_EVERY, 2 * MEASURE_EVERY]))
+    assert meter.steps == 0
 
 
 def test_gradient_meter_in_half_precision() -> None:
@@ -220,10 +225,10 @@ def test_gradient_meter_in_half_precision() -> None:
     parameter = nn.Parameter(torch.ones(4, dtype=torch.float16))
     optimizer = torch.optim.SGD([parameter], lr=1.0, momentum=0.5)
     meter = GradientMeter(optimizer)
-    for _ in range(5):
+    for _ in range(MEASURE_EVERY + 1):
         parameter.grad = torch.full((4,), 1e-4, dtype=torch.float16)
         optimizer.step()
-    assert meter.finish()["grad_cosine"] == pytest.approx(0.5, rel=1e-3)  # 0 in step 1, 1 in step 5
+    assert meter.finish()["grad_cosine"] == pytest.approx(0.5, rel=1e-3)  # 0 in the first step, 1 in the last
 
 
 def test_gradient_meter_where_parameters_lie_otherwise_than_gradients() -> None:
@@ -231,8 +236,8 @@ def test_gradient_meter_where_parameters_lie_otherwise_than_gradients() -> None:
     optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.5)
     meter = GradientMeter(optimizer)
     gradient = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    for step in range(5):
-        weight.grad = gradient if step < 4 else gradient.t().contiguous().t()
+    for step in range(MEASURE_EVERY + 1):
+        weight.grad = gradient if step < MEASURE_EVERY else gradient.t().contiguous().t()
         optimizer.step()
     assert meter.finish()["grad_cosine"] == pytest.approx(0.5)
 

@@ -1,0 +1,122 @@
+"""A policy along one axis at a time: longer runs, larger models, noisier labels."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from agents.cells import Store
+from agents.evaluation import SPLITS
+from agents.policy import ControlPolicy
+from agents.scale import OTHERS, Point, measure
+from agents.tuner import pretrained_path
+from inner_models.tasks import Task
+from scripts.common import check_device, console, known, progress_bar, run_main, write_json
+from scripts.evaluate import default_cache
+
+
+@dataclass
+class Config:
+    """Measure a policy against the calibrated schedule, the base rule and AdamW's defaults at points of an axis."""
+
+    json: Path
+    """File for the figures."""
+    policy: Path | None = None
+    """Policy file; the one that ships with hyperpilot when left out."""
+    axis: Literal["horizon", "width", "label_noise"] = "horizon"
+    """horizon: intervals in a run; width: factor on the model's; label_noise: share of labels drawn anew."""
+    values: tuple[float, ...] = (8, 16, 32, 64, 128, 256)
+    """Points on the axis."""
+    split: Literal["meta-validation", "meta-validation-small", "meta-test"] = "meta-validation"
+    """Which tasks."""
+    tasks: tuple[str, ...] = ()
+    """Only these of the split's tasks."""
+    seeds: int = 5
+    """Runs of each task and method, paired."""
+    cache: Path | None = None
+    """Where finished cells are kept; $HYPERPILOT_CACHE or ~/.cache/hyperpilot when left out."""
+    device: str = "cpu"
+    """Where to train: cpu or cuda."""
+    workers: int = 2
+    """Processes, one thread each. On a GPU there is one."""
+
+
+def main(config: Config) -> None:
+    check_device(config.device)
+    policy = ControlPolicy.load(config.policy or pretrained_path())
+    started = time.perf_counter()
+    with progress_bar(f"measuring ({config.axis})", 1000) as update:
+        rows = measure(
+            policy,
+            _tasks(config),
+            [Point(config.axis, value) for value in config.values],
+            store := Store(config.cache or default_cache()),
+            seeds=config.seeds,
+            workers=config.workers,
+            device=config.device,
+            report=lambda done, total, name: update(round(1000 * done / max(total, 1e-9)), name),
+        )
+    table = Table(title="log ratio of the other's loss to the policy's: above 0 the policy is better")
+    head, *lines = _cells(rows)
+    for name in head:
+        table.add_column(name)
+    for line in lines:
+        table.add_row(*line)
+    console.print(table)
+    print(f"\n{_markdown([head, *lines])}\n\n{_markdown(_by_task(rows))}")
+    provenance = {
+        "policy": policy.digest,
+        "split": config.split,
+        "seeds": config.seeds,
+        "computed_on": store.origins,
+        "command": _command(config),
+        "seconds_of_this_call": time.perf_counter() - started,
+    }
+    write_json(config.json, {"rows": rows, "provenance": provenance})
+
+
+def _tasks(config: Config) -> list[Task]:
+    split = SPLITS[config.split]
+    for name in config.tasks:
+        known("task", name, [task.name for task in split])
+    return [task for task in split if not config.tasks or task.name in config.tasks]
+
+
+def _cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The table, its head first: log ratios, interquartile means with their intervals."""
+    columns = [(other, kind) for other in OTHERS for kind in ("val", "test")]
+    lines = [[rows[0]["axis"], "runs", *(f"{kind}, {other}" for other, kind in columns), "out of depth"]]
+    for row in rows:
+        entries = [row["against"][other][kind] for other, kind in columns]
+        ratios = [f"{entry['iqm']:+.3f} [{entry['ci'][0]:+.3f}, {entry['ci'][1]:+.3f}]" for entry in entries]
+        lines.append([f"{row['value']:g}", str(row["runs"]), *ratios, f"{row['out_of_depth_share']:.1%}"])
+    return lines
+
+
+def _by_task(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line a task: the mean log ratio to the calibrated schedule's validation loss at each point."""
+    found = [row["against"]["calibrated"]["val"]["by_task"] for row in rows]
+    head = ["val, calibrated", *(f"{rows[0]['axis']} {row['value']:g}" for row in rows)]
+    return [head, *([task, *(f"{point[task]:+.3f}" for point in found)] for task in found[0])]
+
+
+def _markdown(cells: list[list[str]]) -> str:
+    head, *lines = cells
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+
+
+def _command(config: Config) -> str:
+    tasks = f" --tasks {' '.join(config.tasks)}" if config.tasks else ""
+    values = " ".join(f"{value:g}" for value in config.values)
+    return (
+        f"python scripts/measure_scale.py --axis {config.axis} --values {values} --split {config.split}{tasks} "
+        f"--seeds {config.seeds} --json {config.json.name}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(Config, main)

@@ -29,7 +29,7 @@ FORMAT = "hyperpilot-policy"
 FORMAT_VERSION = 2
 OBSERVATION_CLIP = 5.0
 _METADATA_KEY = FORMAT
-_NARROW = 0.1  # features are of order 1: what hardly varied may differ by this much without alarm
+_CONSTANT = 1e-3
 _MAX_BYTES = 64 << 20
 
 
@@ -115,15 +115,16 @@ class ControlPolicy(nn.Module):
 
     def out_of_depth(self, observation: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Which runs look unlike any of the meta-training, `[runs]`: a feature lies farther outside of the range that
-        was seen there than that range is wide.
+        was seen there than that range is wide. What never varied there does not count: policies are blind to it.
 
         Args:
             observation: `[runs, features]`.
         """
         ranges = self.header.trained_ranges
-        known = [index for index, name in enumerate(self.header.features) if name in ranges]
-        low, high = np.array([ranges[self.header.features[index]] for index in known]).reshape(-1, 2).T
-        seen, width = observation[:, known], np.maximum(high - low, _NARROW)
+        varied = {name: pair for name, pair in ranges.items() if pair[1] - pair[0] > _CONSTANT}
+        known = [index for index, name in enumerate(self.header.features) if name in varied]
+        low, high = np.array([varied[self.header.features[index]] for index in known]).reshape(-1, 2).T
+        seen, width = observation[:, known], high - low
         return np.asarray(((seen < low - width) | (seen > high + width)).any(axis=1))
 
     @property

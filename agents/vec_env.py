@@ -24,9 +24,9 @@ class RelativeRewards:
     """Rewards relative to the cohort, in units of the task's own spread.
 
     A replica's reward at interval t less the mean of its cohort's other replicas at t, divided by the standard
-    deviation of returns within cohorts on such tasks (same data set and model kind; a running mean, constant over an
-    episode), so that easy and hard tasks weigh alike. Each worker learns the spreads of its own cohorts. A replica that
-    restarted after diverging is compared with the mean that its cohort had when it was at t.
+    deviation of returns within cohorts on such tasks (same data set and model kind; a running geometric mean, constant
+    over an episode), so that easy and hard tasks weigh alike. Each worker learns the spreads of its own cohorts. A
+    replica that restarted after diverging is compared with the mean that its cohort had when it was at t.
     """
 
     MOMENTUM = 0.7

@@ -77,18 +77,18 @@ def test_the_spread_is_learned_at_the_end_and_constant_over_an_episode() -> None
     assert scores(relative, 0, [0, 0], [0.0, 0.1]) == pytest.approx([-0.2, 0.2])
     relative.end(1, "a")  # returns 0 and 0.2: a spread of 0.1, with a weight of 0.3
     relative.begin(1, "a")
-    spread = 0.7 * 0.5 + 0.3 * 0.1
+    spread = 0.5**0.7 * 0.1**0.3
     assert scores(relative, 1, [0, 0], [0.0, 0.1]) == pytest.approx([-0.1 / spread, 0.1 / spread])
 
 
 def test_spreads_by_task() -> None:
-    """Each key has its own; a key that has not been seen gets the mean over all."""
+    """Each key has its own; a key that has not been seen gets the geometric mean over all."""
     relative = RelativeRewards(1)
     for key, spread in (("easy", 2.0), ("hard", 0.1)):
         relative.begin(0, key)
         scores(relative, 0, [0, 0], [0.0, 2 * spread])
         relative.end(0, key)
-    for key, spread in (("easy", 2.0), ("hard", 0.1), ("new", 0.7 * 2.0 + 0.3 * 0.1)):
+    for key, spread in (("easy", 2.0), ("hard", 0.1), ("new", 2.0**0.7 * 0.1**0.3)):
         relative.begin(0, key)
         assert scores(relative, 0, [0, 0], [0.0, 0.2])[1] == pytest.approx(0.2 / spread), key
 

@@ -39,10 +39,10 @@ class MetaTrainingConfig:
     epochs: int = 6
     minibatch: int = 1024
     learning_rate: float = 3e-4
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.99
     clip: float = 0.2
     entropy: float = 0.0
-    log_std: float = -1.0
+    log_std: float = -1.4
     averaging: float = 0.5
     workers: int = 2
     variation: Variation = field(default_factory=Variation)
@@ -63,7 +63,7 @@ PRESETS: dict[str, MetaTrainingConfig] = {
     ),
     "default": MetaTrainingConfig(
         timesteps=737_280, cohorts=16, replicas=16, rollout_steps=32, validate_every=49_152, validation_seeds=8,
-        epochs=8, minibatch=1024, learning_rate=6e-4, gae_lambda=0.99, log_std=-1.4, averaging=0.9,
+        epochs=8, minibatch=1024, learning_rate=6e-4, averaging=0.9,
         variation=Variation(mask_probability=0.15, start_probability=0.2, blind_probability=0.7,
                             untold_probability=0.2, unmeasured_probability=0.1),
     ),

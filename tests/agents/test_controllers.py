@@ -214,7 +214,7 @@ def test_out_of_its_depth_the_same(task: Task, start: Any) -> None:
 
 def test_a_policy_that_acts_at_random_knows_no_depth() -> None:
     policy = moving()
-    policy.header = replace(policy.header, trained_ranges={"parameters": (0.0, 0.0)})
+    policy.header = replace(policy.header, trained_ranges={"parameters": (0.0, 0.01)})
     steered, random = (train_cohort(TASK, WithPolicy(policy, acts=acts, record=True), [0])[0] for acts in ACTS)
     assert steered.notes["out_of_depth"] == [True] * TASK.horizon
     assert random.notes["out_of_depth"] == [False] * TASK.horizon

@@ -18,12 +18,12 @@ SHORTER = replace(META_TRAIN, horizons=(8, 32), examples=(2048, 32_768))
 
 @dataclass
 class Config:
-    """Find the base rule of AdamW and of SGD on meta-train, or the one schedule that is best on average."""
+    """Find the one schedule that is best on average over meta-train, or the base rule, of AdamW and of SGD."""
 
     out: Path
     """File to write."""
-    what: Literal["rule", "schedule"] = "rule"
-    """rule: one for each length and size of a run, by a cross-entropy method; schedule: the best of random ones."""
+    what: Literal["schedule", "rule"] = "schedule"
+    """schedule: the best of random ones; rule: one for each length and size of a run, by a cross-entropy method."""
     trials: int = 32
     """Trials on each task (rule)."""
     configurations: int = 256

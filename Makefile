@@ -1,7 +1,7 @@
 PYTHON := .venv/bin/python
 DEVICE ?= cpu
 
-.PHONY: install demo test check benchmark
+.PHONY: install demo test check benchmark faults
 
 install: .venv/.installed
 
@@ -25,3 +25,7 @@ check: install
 
 benchmark: install
 	$(PYTHON) scripts/benchmark.py --device $(DEVICE) --json benchmarks/$(DEVICE).json
+
+faults: install
+	$(PYTHON) -m pip install -q -c constraints.txt -e '.[faults]'
+	$(PYTHON) -m tests.faults

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
 from scipy.stats import trim_mean
 
 from hpo_env.hyperparameters import Array
@@ -47,15 +47,22 @@ class MetaValidation:
     Args:
         tasks: the tasks.
         seeds: runs of each.
-        workers: processes that share the tasks; 1 runs them here.
+        map: runs a function on every item, such as `RolloutWorkers.map`; the builtin one works here.
 
     Attributes:
         base_return: mean return of the calibrated schedule.
     """
 
-    def __init__(self, tasks: Sequence[Task], seeds: Sequence[int], *, workers: int = 1, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        seeds: Sequence[int],
+        *,
+        device: str = "cpu",
+        map: Callable[[Callable[[Task], list[Run]], Sequence[Task]], Iterable[list[Run]]] = map,
+    ) -> None:
         self.tasks, self.seeds, self.device = tuple(tasks), tuple(seeds), device
-        self._parallel = Parallel(n_jobs=workers)
+        self._map = map
         self.names = [f"{index}-{task.name.replace('/', '-')}" for index, task in enumerate(self.tasks)]
         self._base = self._run(Cosine("calibrated"))
         self.base_return = float(np.mean([_falls(runs).mean() for runs in self._base]))
@@ -70,10 +77,10 @@ class MetaValidation:
         )
 
     def _run(self, method: CohortMethod) -> list[list[Run]]:
-        return list(self._parallel(delayed(_train)(task, method, self.seeds, self.device) for task in self.tasks))
+        return list(self._map(partial(_train, method=method, seeds=self.seeds, device=self.device), self.tasks))
 
 
-def _train(task: Task, method: CohortMethod, seeds: Sequence[int], device: str) -> list[Run]:
+def _train(task: Task, *, method: CohortMethod, seeds: Sequence[int], device: str) -> list[Run]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

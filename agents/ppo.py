@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
-import pickle
+import logging
+import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,19 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import HParam, TensorBoardOutputFormat, configure
 from stable_baselines3.common.utils import set_random_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.tensorboard import SummaryWriter
 
 from hpo_env.base_schedules import calibrated_rule
 from hpo_env.observations import FEATURES
 from inner_models.splits import datasets_of
 
-from .files import CONFIG_FILE, write_atomically
+from .actor_critic import AsymmetricActorCritic
+from .checkpoints import Checkpoint, Checkpoints
+from .files import CONFIG_FILE, only_writer, write_atomically
 from .meta_validation import MetaValidation, Score
 from .policy import ControlPolicy, PolicyHeader
 from .presets import MetaTrainingConfig, effective_config
-from .rollouts import RolloutPPO, RolloutWorkers
+from .rollout_ppo import RolloutPPO
+from .rollouts import RolloutWorkers
 from .vec_env import CohortVecEnv
 
 HIDDEN = (64, 64)
@@ -38,7 +40,9 @@ HIDDEN = (64, 64)
 UNSEEN_VARIANCE = 1e-6
 """A feature that varied less than this over meta-training says nothing: the policy is exported blind to it."""
 
-POLICY_FILE, CHECKPOINT_FILE = "policy.safetensors", "checkpoint.pt"
+POLICY_FILE = "policy.safetensors"
+
+_log = logging.getLogger("hyperpilot")
 
 CURVES = {
     "meta_validation/log_ratio_to_calibrated": "ln(final validation loss of the calibrated schedule / of the policy), "
@@ -75,62 +79,92 @@ def meta_train(
     provenance: dict[str, Any] | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> ControlPolicy:
-    """Meta-train a policy; leave `policy.safetensors` (the best on meta-validation), a checkpoint, the effective config
+    """Meta-train a policy; leave `policy.safetensors` (the best on meta-validation), checkpoints, the effective config
     and TensorBoard events in `out`.
 
     Args:
         seed: fixes the policy's initial weights, the tasks and all that is drawn in them.
         device: where the inner models train, `cpu` or `cuda`; the policy itself is small and stays on the CPU.
-        resume: go on from the checkpoint in `out`; rollouts begin on fresh episodes.
+        resume: go on from the newest whole checkpoint in `out`, exactly: on the same machine all comes out as if the
+            run had not stopped. With another device or number of workers, new episodes begin.
         provenance: entries for the policy's header.
         report: called after every rollout and meta-validation.
 
     Raises:
-        FileNotFoundError: `resume` without a checkpoint.
+        FileNotFoundError, FileExistsError: `resume` without a checkpoint; a checkpoint, but no `resume`.
+        FolderInUse: another process trains in `out`.
+        ValueError: all checkpoints in `out` are damaged.
         KeyboardInterrupt: interrupted; the checkpoint of the last update is kept.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = _read_checkpoint(out / CHECKPOINT_FILE) if resume else None
-    done = int(checkpoint["timesteps"]) if checkpoint else 0
-    write_atomically(out / CONFIG_FILE, json.dumps(effective_config(config, seed, device), indent=2).encode())
-    workers = config.workers if device == "cpu" else 0
-    set_random_seed(seed + done)
-    env = CohortVecEnv(
-        config.tasks,
-        cohorts=config.cohorts,
-        replicas=config.replicas,
-        variation=config.variation,
-        workers=workers,
-        device=device,
-        seed=int(np.random.SeedSequence([seed, done]).generate_state(1)[0] % 2**31),
-    )
-    try:
-        model = build(config, env)
-        callback = _Callback(config, out, seed, device, provenance or {}, report, max(1, workers))
-        if checkpoint:
-            _restore(model, callback, checkpoint)
-        folder = str(out / "tensorboard")
-        if checkpoint:  # what was logged after the checkpoint is about to be logged again
-            SummaryWriter(folder, purge_step=done + 1).close()
-        model.set_logger(configure(folder, ["tensorboard"]))
-        if done < config.timesteps:
-            model.learn(config.timesteps - done, callback=callback, reset_num_timesteps=done == 0)
-            callback.finish()
-    finally:
-        env.close()
+    with only_writer(out):
+        checkpoints = Checkpoints(out)
+        if not resume and checkpoints.newest():
+            raise FileExistsError(f"{out} already holds a run: give resume=True or choose another folder")
+        checkpoint = _found(checkpoints, out) if resume else None
+        write_atomically(out / CONFIG_FILE, json.dumps(effective_config(config, seed, device), indent=2).encode())
+        workers = config.workers if device == "cpu" else 0
+        begins = checkpoint is None or checkpoint.state["arrangement"] != [device, workers]
+        drawn = checkpoint.step if checkpoint and begins else 0  # not the episodes of the beginning once more
+        set_random_seed(seed + drawn)
+        env = CohortVecEnv(
+            config.tasks,
+            cohorts=config.cohorts,
+            replicas=config.replicas,
+            variation=config.variation,
+            workers=workers,
+            device=device,
+            seed=int(np.random.SeedSequence([seed, drawn]).generate_state(1)[0] % 2**31),
+        )
+        try:
+            model = build(config, env)
+            callback = _Callback(config, out, checkpoints, seed, device, provenance or {}, report, env)
+            folder = out / "tensorboard"
+            if checkpoint:
+                if begins:
+                    _log.warning("episodes begin anew: the checkpoint is of %s", checkpoint.state["arrangement"])
+                model.load_state_dict(checkpoint.state["model"], episodes=not begins)
+                callback.restore(checkpoint.state["callback"])
+                _rewind(folder, checkpoint.state["events"])
+            model.set_logger(configure(str(folder), ["tensorboard"]))
+            done = model.num_timesteps
+            if done < config.timesteps:
+                model.learn(config.timesteps - done, callback=callback, reset_num_timesteps=checkpoint is None)
+                callback.finish()
+        finally:
+            env.close()
     return ControlPolicy.load(out / POLICY_FILE)
 
 
 def validation_history(out: Path) -> list[dict[str, float]]:
     """Every meta-validation of the run in `out`, those before a resume included: timesteps, return, log ratio."""
-    history: list[dict[str, float]] = _read_checkpoint(out / CHECKPOINT_FILE)["callback"]["history"]
+    history: list[dict[str, float]] = _found(Checkpoints(out), out).state["callback"]["history"]
     return history
+
+
+def _found(checkpoints: Checkpoints, out: Path) -> Checkpoint:
+    newest = checkpoints.newest()
+    if newest is None:
+        raise FileNotFoundError(f"nothing to resume: no checkpoint in {out}")
+    return newest
+
+
+def _rewind(folder: Path, events: Mapping[str, int]) -> None:
+    """Cut TensorBoard's event files back to what a checkpoint found there: what came after is about to be logged again.
+
+    Args:
+        events: file name -> bytes.
+    """
+    for path in folder.glob("*tfevents*"):
+        if path.name in events:
+            os.truncate(path, min(events[path.name], path.stat().st_size))
+        else:
+            path.unlink()
 
 
 def build(config: MetaTrainingConfig, env: RolloutWorkers) -> RolloutPPO:
     """The model to meta-train, untrained."""
     return RolloutPPO(
-        "MlpPolicy",
+        AsymmetricActorCritic,
         env,
         n_steps=config.rollout_steps,
         batch_size=config.minibatch,
@@ -140,7 +174,7 @@ def build(config: MetaTrainingConfig, env: RolloutWorkers) -> RolloutPPO:
         gae_lambda=config.gae_lambda,
         clip_range=config.clip,
         ent_coef=config.entropy,
-        policy_kwargs={"net_arch": list(HIDDEN), "log_std_init": config.log_std},
+        policy_kwargs={"net_arch": list(HIDDEN), "log_std_init": config.log_std, "privileged": env.privileged},
         device="cpu",
         seed=None,
     )
@@ -149,14 +183,15 @@ def build(config: MetaTrainingConfig, env: RolloutWorkers) -> RolloutPPO:
 def export(model: RolloutPPO, header: PolicyHeader) -> ControlPolicy:
     """The deterministic policy of a model with its input normalization."""
     policy, actor = ControlPolicy(header), model.actor
-    policy.mean.copy_(torch.from_numpy(actor.mean))
-    policy.std.copy_(torch.from_numpy(actor.std))
+    seen = len(header.features)
+    policy.mean.copy_(torch.from_numpy(actor.mean[:seen]))
+    policy.std.copy_(torch.from_numpy(actor.std[:seen]))
     extractor = model.policy.mlp_extractor.policy_net
     linear = [m for m in [*extractor, model.policy.action_net] if isinstance(m, torch.nn.Linear)]
     own = [m for m in policy.network if isinstance(m, torch.nn.Linear)]
     for target, source in zip(own, linear, strict=True):
         target.load_state_dict(source.state_dict())
-    own[0].weight.data[:, torch.from_numpy(model.obs_rms.var) < UNSEEN_VARIANCE] = 0
+    own[0].weight.data[:, torch.from_numpy(model.obs_rms.var[:seen]) < UNSEEN_VARIANCE] = 0
     return policy.eval()
 
 
@@ -169,17 +204,18 @@ class _Callback(BaseCallback):
         self,
         config: MetaTrainingConfig,
         out: Path,
+        checkpoints: Checkpoints,
         seed: int,
         device: str,
         provenance: dict[str, Any],
         report: Callable[[Progress], None],
-        workers: int,
+        env: RolloutWorkers,
     ) -> None:
         super().__init__()
         self.config, self.out, self.run_seed, self.device = config, out, seed, device
-        self._provenance, self._report = provenance, report
+        self._checkpoints, self._provenance, self._report = checkpoints, provenance, report
         seeds = range(10_000, 10_000 + config.validation_seeds)
-        self._validate = MetaValidation(config.validation, seeds, workers=workers, device=device)
+        self._validate = MetaValidation(config.validation, seeds, device=device, map=env.map)
         self.history: list[dict[str, float]] = []
         self.best = -np.inf
         self.seconds = 0.0
@@ -188,14 +224,14 @@ class _Callback(BaseCallback):
         mean = get_ema_multi_avg_fn(config.averaging)  # type: ignore[no-untyped-call]
         self._averaged = AveragedModel(ControlPolicy(self._header({})), multi_avg_fn=mean)
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         self._averaged.load_state_dict(state["averaged"])
-        self.history, self.best, self.seconds = state["history"], state["best"], state["seconds"]
+        self.history, self.best, self.seconds = list(state["history"]), state["best"], state["seconds"]
         self._last_validation, self._resumed = state["last_validation"], True
 
     def state(self) -> dict[str, Any]:
         return {
-            "averaged": self._averaged.state_dict(),
+            "averaged": dict(self._averaged.state_dict()),
             "history": self.history,
             "best": float(self.best),
             "seconds": self.seconds,
@@ -222,8 +258,8 @@ class _Callback(BaseCallback):
             self._average()
         if self.num_timesteps - self._last_validation >= self.config.validate_every:
             self._meta_validate()
-        if self.num_timesteps:
-            _write_checkpoint(self.out / CHECKPOINT_FILE, self.model, self.state())
+        if not self._resumed or self.num_timesteps > self._start:
+            self._save()
 
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
@@ -245,7 +281,20 @@ class _Callback(BaseCallback):
         self.logger.record("hparams", HParam(shown, metrics), exclude=("stdout",))
         self.logger.record("meta_validation/best_log_ratio_to_calibrated", float(self.best))
         self.logger.dump(self.num_timesteps)
-        _write_checkpoint(self.out / CHECKPOINT_FILE, self.model, self.state())
+        self._save()
+
+    def _save(self) -> None:
+        """Write a checkpoint, with the sizes of the event files as they are now."""
+        for output in self.logger.output_formats:
+            if isinstance(output, TensorBoardOutputFormat):
+                output.writer.flush()
+        state = {
+            "arrangement": [self.device, self.config.workers if self.device == "cpu" else 0],
+            "model": self.model.state_dict(),
+            "callback": self.state(),
+            "events": {path.name: path.stat().st_size for path in (self.out / "tensorboard").glob("*tfevents*")},
+        }
+        self._checkpoints.save(self.num_timesteps, state)
 
     def _explain_curves(self) -> None:
         lines = [f"- `{tag}`: {meaning}" for tag, meaning in CURVES.items()]
@@ -289,7 +338,8 @@ class _Callback(BaseCallback):
 
     def _seen(self) -> dict[str, tuple[float, float]]:
         """Feature -> the least and the largest value seen so far; nothing before the first rollout."""
-        extremes = zip(FEATURES, self.model.observation_low, self.model.observation_high, strict=True)
+        seen = len(FEATURES)
+        extremes = zip(FEATURES, self.model.observation_low[:seen], self.model.observation_high[:seen], strict=True)
         return {feature.name: (float(low), float(high)) for feature, low, high in extremes if low <= high}
 
     def _header(self, scores: dict[str, Any]) -> PolicyHeader:
@@ -316,46 +366,3 @@ class _Callback(BaseCallback):
             },
             scores=scores,
         )
-
-
-def _write_checkpoint(path: Path, model: RolloutPPO, state: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save(
-        {
-            "timesteps": model.num_timesteps,
-            "updates": model._n_updates,
-            "policy": model.policy.state_dict(),
-            "optimizer": model.policy.optimizer.state_dict(),
-            "normalizer": {
-                "mean": torch.from_numpy(model.obs_rms.mean),
-                "var": torch.from_numpy(model.obs_rms.var),
-                "count": float(model.obs_rms.count),
-                "low": torch.from_numpy(model.observation_low),
-                "high": torch.from_numpy(model.observation_high),
-            },
-            "callback": state,
-        },
-        buffer,
-    )
-    write_atomically(path, buffer.getvalue())
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"nothing to resume: no checkpoint at {path}")
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, weights_only=True)  # tensors and plain values only: no code runs
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"the checkpoint {path} is damaged; train anew in another folder") from error
-    return checkpoint
-
-
-def _restore(model: RolloutPPO, callback: _Callback, checkpoint: dict[str, Any]) -> None:
-    model.policy.load_state_dict(checkpoint["policy"])
-    model.policy.optimizer.load_state_dict(checkpoint["optimizer"])
-    model.num_timesteps, model._n_updates = checkpoint["timesteps"], checkpoint["updates"]
-    normalizer = checkpoint["normalizer"]
-    model.obs_rms.mean, model.obs_rms.var = normalizer["mean"].numpy(), normalizer["var"].numpy()
-    model.obs_rms.count = normalizer["count"]
-    model.observation_low, model.observation_high = normalizer["low"].numpy(), normalizer["high"].numpy()
-    callback.restore(checkpoint["callback"])

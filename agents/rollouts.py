@@ -1,26 +1,24 @@
-"""PPO for stable-baselines3 whose workers each collect whole rollouts, so that none waits for another at every step."""
+"""Workers that each collect whole rollouts for stable-baselines3, so that none waits for another at every step."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import multiprocessing
+import os
+import signal
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
-from stable_baselines3 import PPO
-from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 
 from hpo_env.hyperparameters import Array
@@ -31,7 +29,8 @@ from .policy import OBSERVATION_CLIP
 Batch = NDArray[np.float32]
 Step = tuple[Batch, Array, NDArray[np.bool_], list[dict[str, Any]]]
 
-_EPSILON = 1e-8
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Env(Protocol):
@@ -41,17 +40,23 @@ class Env(Protocol):
 
     def step(self, actions: Batch) -> Step: ...
 
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
 
 @dataclass(frozen=True)
 class Actor:
     """All that a worker needs to act in one rollout.
 
     Attributes:
+        kind: class of the actor-critic.
         policy: the actor-critic, as stable-baselines3 saves it.
         mean, std: of the observations, `[features]`.
         gamma: discount factor.
     """
 
+    kind: type[ActorCriticPolicy]
     policy: bytes
     mean: Array
     std: Array
@@ -82,7 +87,7 @@ def rollout(env: Env, actor: Actor, observations: Batch, n_steps: int, seed: int
         observations: `[envs, features]`, where the last rollout (or the reset) left the environments.
         seed: of the actions.
     """
-    policy = ActorCriticPolicy.load(io.BytesIO(actor.policy), device="cpu")  # type: ignore[arg-type]
+    policy = actor.kind.load(io.BytesIO(actor.policy), device="cpu")  # type: ignore[arg-type]
     assert isinstance(policy.action_space, spaces.Box)
     torch.manual_seed(seed)
     for _ in range(n_steps):
@@ -98,20 +103,31 @@ def rollout(env: Env, actor: Actor, observations: Batch, n_steps: int, seed: int
         yield Transition(actions, values[:, 0], log_probs, observations, rewards, dones, infos)
 
 
+def _answers(env: Env, command: str, arguments: tuple[Any, ...]) -> Iterable[Any]:
+    """What a worker answers to a command: a method of its environments, a `rollout`, or a function to `call`."""
+    if command == "rollout":
+        return rollout(env, *arguments)
+    if command == "call":
+        function, item = arguments
+        return [function(item)]
+    return [getattr(env, command)(*arguments)]
+
+
 def _serve(connection: Connection, make: Callable[[], Env]) -> None:
     """A worker process's loop. One thread: at these sizes two processes beat two threads."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the first one decides
     torch.set_num_threads(1)
     try:
         env = make()
         while True:
-            command, arguments = connection.recv()
-            for answer in [env.reset(*arguments)] if command == "reset" else rollout(env, *arguments):
+            for answer in _answers(env, *connection.recv()):
                 connection.send(("ok", answer))
-    except (EOFError, KeyboardInterrupt):
-        return
+    except EOFError:
+        pass
     except Exception:
         with contextlib.suppress(OSError):  # closed from the other end, which is no longer interested
             connection.send(("error", traceback.format_exc()))
+    os._exit(0)  # nothing is left to be done, and the interpreter takes seconds to take down what it holds
 
 
 class RolloutWorkers(VecEnv):
@@ -121,6 +137,7 @@ class RolloutWorkers(VecEnv):
         make: makes a worker's share of the environments.
         num_envs: of all workers together.
         workers: processes; 0 works in this one (as on a GPU).
+        privileged: how many of an observation's last entries are for the critic alone.
         seed: fixes the environments' draws and the actions sampled.
     """
 
@@ -132,9 +149,11 @@ class RolloutWorkers(VecEnv):
         action_space: spaces.Box,
         *,
         workers: int = 0,
+        privileged: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(num_envs, observation_space, action_space)
+        self.privileged = privileged
         self._seed_value = seed
         self._rollouts = 0
         self._local = None if workers else make()
@@ -152,12 +171,9 @@ class RolloutWorkers(VecEnv):
 
     def reset(self) -> Batch:
         self._rollouts = 0
-        if self._local is not None:
-            return self._local.reset(self._seed_value)
-        share = self.num_envs // len(self._connections)
-        for index, connection in enumerate(self._connections):
-            self._send(connection, ("reset", (self._seed_value + index * share,)))
-        return np.concatenate([self._receive(connection) for connection in self._connections])
+        share = self.num_envs // max(1, len(self._connections))
+        seeds = [(self._seed_value + index * share,) for index in range(max(1, len(self._connections)))]
+        return np.concatenate(self._all("reset", seeds))
 
     def collect(self, actor: Actor, observations: Batch, n_steps: int) -> Iterator[Transition]:
         """A rollout of all environments, each step as soon as every worker has taken it; see `rollout`.
@@ -171,7 +187,7 @@ class RolloutWorkers(VecEnv):
             yield from rollout(self._local, actor, observations, n_steps, *seeds)
             return
         for connection, part, seed in zip(self._connections, np.split(observations, workers), seeds, strict=True):
-            self._send(connection, ("collect", (actor, part, n_steps, seed)))
+            self._send(connection, ("rollout", (actor, part, n_steps, seed)))
         # All that arrives is read at once: a worker ahead of the others would wait if its pipe were full.
         arrived: dict[Any, deque[Transition]] = {connection: deque() for connection in self._connections}
         for _ in range(n_steps):
@@ -181,13 +197,45 @@ class RolloutWorkers(VecEnv):
             *arrays, infos = zip(*(queue.popleft() for queue in arrived.values()), strict=True)
             yield Transition._make([*map(np.concatenate, arrays), [info for part in infos for info in part]])
 
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`function`, of a module as it travels to the workers, of every item, each by the next worker that is free."""
+        if self._local is not None:
+            return [function(item) for item in items]
+        found: dict[int, Result] = {}
+        left, free, busy = deque(enumerate(items)), list(self._connections), dict[Any, int]()
+        while left or busy:
+            while left and free:
+                index, item = left.popleft()
+                self._send(connection := free.pop(), ("call", (function, item)))
+                busy[connection] = index
+            for ready in wait(list(busy)):
+                found[busy.pop(ready)] = self._receive(ready)
+                free.append(ready)  # type: ignore[arg-type]
+        return [found[index] for index in range(len(items))]
+
+    def state_dict(self) -> dict[str, Any]:
+        """State between two rollouts: each worker's own, and how many rollouts there were."""
+        return {"rollouts": self._rollouts, "workers": self._all("state_dict")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the `state_dict()` of as many workers.
+
+        Raises:
+            ValueError: the state is that of another number of workers.
+        """
+        if len(state["workers"]) != max(1, len(self._connections)):
+            raise ValueError(f"the state is of {len(state['workers'])} workers, not {max(1, len(self._connections))}")
+        self._rollouts = state["rollouts"]
+        self._all("load_state_dict", [(part,) for part in state["workers"]])
+
     def close(self) -> None:
         for connection in self._connections:
             connection.close()
         for process in self._processes:
-            process.join(timeout=5)
+            process.join(timeout=4)
             if process.is_alive():
-                process.terminate()
+                process.kill()
+                process.join()
         self._connections, self._processes = [], []
 
     def seed(self, seed: int | None = None) -> list[int | None]:
@@ -215,6 +263,15 @@ class RolloutWorkers(VecEnv):
     def env_is_wrapped(self, wrapper_class: type[Any], indices: int | Iterable[int] | None = None) -> list[bool]:
         return [False] * self.num_envs
 
+    def _all(self, command: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
+        """One answer to a command from every worker, in order."""
+        given = arguments or [()] * max(1, len(self._connections))
+        if self._local is not None:
+            return [*_answers(self._local, command, *given)]
+        for connection, own in zip(self._connections, given, strict=True):
+            self._send(connection, (command, own))
+        return [self._receive(connection) for connection in self._connections]
+
     @staticmethod
     def _send(connection: Connection, message: tuple[str, Any]) -> None:
         with contextlib.suppress(OSError):  # a worker that is gone: `_receive` says what it died of
@@ -229,58 +286,3 @@ class RolloutWorkers(VecEnv):
         if status == "error":
             raise RuntimeError(f"a worker process failed:\n{result}")
         return result
-
-
-class RolloutPPO(PPO):
-    """PPO over `RolloutWorkers`, with observations normalized by statistics that stay as they are during a rollout.
-
-    Attributes:
-        obs_rms: running mean and variance of the raw observations, `[features]` each.
-        observation_low, observation_high: smallest and largest raw observation, `[features]` each.
-    """
-
-    def _setup_model(self) -> None:
-        super()._setup_model()
-        self.obs_rms = RunningMeanStd(shape=self.observation_space.shape or ())
-        self.observation_low = np.full(self.observation_space.shape or (), np.inf, np.float32)
-        self.observation_high = -self.observation_low
-
-    @property
-    def actor(self) -> Actor:
-        """The present policy and normalization."""
-        buffer = io.BytesIO()
-        self.policy.save(buffer)  # type: ignore[arg-type]
-        return Actor(buffer.getvalue(), self.obs_rms.mean, np.sqrt(self.obs_rms.var + _EPSILON), self.gamma)
-
-    def collect_rollouts(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
-    ) -> bool:
-        assert isinstance(env, RolloutWorkers)
-        callback.on_rollout_start()
-        rollout_buffer.reset()
-        actor, seen = self.actor, []
-        observations, starts = self._last_obs, self._last_episode_starts
-        assert isinstance(observations, np.ndarray)
-        assert starts is not None
-        for step in env.collect(actor, observations, n_rollout_steps):
-            self.num_timesteps += env.num_envs
-            callback.update_locals({"infos": step.infos})
-            if not callback.on_step():
-                return False
-            self._update_info_buffer(step.infos)
-            values, log_probs = torch.from_numpy(step.values), torch.from_numpy(step.log_probs)
-            rollout_buffer.add(
-                actor.normalize(observations).numpy(), step.actions, step.rewards, starts, values, log_probs
-            )
-            seen.append(observations)
-            observations, starts = step.observations, step.dones
-        self._last_obs, self._last_episode_starts = observations, starts
-        with torch.no_grad():
-            last_values = self.policy.predict_values(actor.normalize(observations))
-        rollout_buffer.compute_returns_and_advantage(last_values, starts)
-        raw = np.concatenate(seen)
-        self.obs_rms.update(raw.astype(np.float64))
-        self.observation_low = np.minimum(self.observation_low, raw.min(axis=0))
-        self.observation_high = np.maximum(self.observation_high, raw.max(axis=0))
-        callback.on_rollout_end()
-        return True

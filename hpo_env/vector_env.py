@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import gymnasium
@@ -25,7 +26,7 @@ from hpo_env.env import (
     resolve_tasks,
     unmeasured,
 )
-from hpo_env.hyperparameters import Array
+from hpo_env.hyperparameters import CONTROLS, Array
 from hpo_env.rewards import diverged, log_fall
 from inner_models.batched_training import BatchedTraining
 from inner_models.tasks import Task, TaskDistribution, prepare
@@ -53,6 +54,7 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
         cohort_of: `[num_envs]`, each sub-environment's cohort.
         intervals: `[num_envs]`, intervals finished in the current episode (0 right after a reset).
         tasks: the task of each cohort.
+        loops: the control loop of each cohort, to read only.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # type: ignore[misc]
@@ -86,6 +88,10 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
     @property
     def tasks(self) -> list[Task]:
         return [cohort.task for cohort in self._cohorts]
+
+    @property
+    def loops(self) -> list[ControlLoop]:
+        return [cohort.loop for cohort in self._cohorts]
 
     @property
     def intervals(self) -> NDArray[np.int64]:
@@ -131,6 +137,32 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
         rewards = np.concatenate([cohort.rewards for cohort in self._cohorts])
         return self._observations(), rewards, terminated, truncated, infos
 
+    def state_dict(self) -> dict[str, Any]:
+        """The episodes under way, as plain values and tensors: what they drew and the actions taken since.
+
+        Raises:
+            ValueError: the environment has one task for good, or one chosen by `options`: its episodes have no common
+                beginning, or one that is not drawn.
+        """
+        return {"cohorts": [cohort.state_dict() for cohort in self._cohorts]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Batch:
+        """Go on from `state_dict()` of an environment made with the same arguments, by training its episodes again as
+        far as they were: on the same machine bit for bit.
+
+        Returns:
+            The observations, `[num_envs, features]`.
+
+        Raises:
+            ValueError: the state is that of another number of cohorts or replicas.
+        """
+        found = [(len(cohort["rngs"]), cohort["actions"].shape[1]) for cohort in state["cohorts"]]
+        if found != (own := [(len(self._cohorts[0].rngs),) * 2] * len(self._cohorts)):
+            raise ValueError(f"the state is of cohorts of {found} replicas, not {own}")
+        for cohort, part in zip(self._cohorts, state["cohorts"], strict=True):
+            cohort.load_state_dict(part)
+        return self._observations()
+
     def _observations(self) -> Batch:
         return np.concatenate([cohort.loop.observe() for cohort in self._cohorts])
 
@@ -143,6 +175,10 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
             result[key] = np.where(present, values, np.zeros_like(values))
             result[f"_{key}"] = present.copy()
         return result
+
+
+def _state(rng: np.random.Generator) -> dict[str, Any]:
+    return dict(rng.bit_generator.state)
 
 
 class _Cohort:
@@ -159,21 +195,23 @@ class _Cohort:
     ) -> None:
         self._size, self._source, self._variation = size, source, variation
         self._base, self._device, self._dtype = base, device, dtype
-        self._rngs: list[np.random.Generator] = [seeding.np_random(None)[0] for _ in range(size)]
+        self.rngs: list[np.random.Generator] = [seeding.np_random(None)[0] for _ in range(size)]
         self.final_info: dict[str, NDArray[Any]] = {}
         self._training: BatchedTraining | None = None
 
     def reset(self, seeds: Sequence[int | None], task: Task | None) -> None:
         for index, seed in enumerate(seeds):
             if seed is not None:
-                self._rngs[index], _ = seeding.np_random(seed)
+                self.rngs[index], _ = seeding.np_random(seed)
         self._begin(task)
 
     def _begin(self, task: Task | None = None) -> None:
         """Start all replicas on one task: `task`, or the next one."""
+        self._drawn_from = None if task or isinstance(self._source, Task) else [_state(rng) for rng in self.rngs]
+        self._actions: list[Array] = []
         if task is None:
             # One draw a cohort; a single replica's episode then equals HPOEnv's with the same seed.
-            task = self._source if isinstance(self._source, Task) else self._source.sample(self._rngs[0])
+            task = self._source if isinstance(self._source, Task) else self._source.sample(self.rngs[0])
         self.task = task
         self._drawn: Episode | None = None
         episodes = self._draw(range(self._size))
@@ -199,11 +237,24 @@ class _Cohort:
         }
         self._restart(list(range(self._size)), episodes)
 
+    def state_dict(self) -> dict[str, Any]:
+        if not self._drawn_from:
+            raise ValueError("only environments that draw their tasks (`tasks=`) have a state that can be kept")
+        actions = np.reshape(self._actions, (-1, self._size, len(CONTROLS)))
+        return {"rngs": copy.deepcopy(self._drawn_from), "actions": torch.from_numpy(actions.copy())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for rng, at in zip(self.rngs, state["rngs"], strict=True):
+            rng.bit_generator.state = at
+        self._begin()
+        for actions in state["actions"].numpy():
+            self.step(actions)
+
     def _draw(self, rows: Sequence[int]) -> list[Episode]:
         """An episode for each of `rows`: one of its own, or the cohort's, where that shares a drawn task."""
         if isinstance(self._source, Task):
-            return [draw_episode(self._rngs[row], self._variation) for row in rows]
-        self._drawn = self._drawn or draw_episode(self._rngs[0], self._variation)
+            return [draw_episode(self.rngs[row], self._variation) for row in rows]
+        self._drawn = self._drawn or draw_episode(self.rngs[0], self._variation)
         return [self._drawn] * len(rows)
 
     def _restart(self, rows: list[int], episodes: Sequence[Episode]) -> None:
@@ -227,6 +278,8 @@ class _Cohort:
     def step(self, actions: Array) -> None:
         if self._training is None:
             raise gymnasium.error.ResetNeeded("call reset() before step(): there is no episode under way")
+        if self._drawn_from:
+            self._actions.append(actions)
         values = self.loop.decide(actions)
         signals = self._training.advance(values)
         self.loop.tell_examples(self._examples)

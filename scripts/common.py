@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from agents.files import CONFIG_FILE
+from agents.files import CONFIG_FILE, write_atomically
 from inner_models.names import unknown
 
 console = Console(soft_wrap=False, width=None if Console().is_terminal else 140)
@@ -30,15 +31,25 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a script as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
 def run_main(config: type[Config], main: Callable[[Config], None]) -> None:
-    """Parse the command line into `config` and call `main`; bad input exits with 2, an interruption with 130."""
+    """Parse the command line into `config` and call `main`. Exits with 2 on bad input, with 130 when interrupted and with
+    143 when terminated."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main(tyro.cli(config))
     except (ValueError, OSError) as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
 
 
 def known(what: str, name: str, names: list[str]) -> str:
@@ -77,8 +88,7 @@ def write_config(out: Path, script: str, config: Any) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, making the folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 @contextmanager

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from agents.checkpoints import Checkpoints
 from agents.files import CONFIG_FILE
 from agents.policy import ControlPolicy
-from agents.ppo import CHECKPOINT_FILE, POLICY_FILE, Progress, meta_train, validation_history
+from agents.ppo import POLICY_FILE, Progress, meta_train, validation_history
 from agents.presets import PRESETS, effective_config
 from scripts.common import (
     check_device,
@@ -26,10 +26,10 @@ from scripts.common import (
 
 @dataclass
 class Config:
-    """Meta-train a policy with PPO. Ctrl-C keeps a checkpoint; `--resume` goes on from it."""
+    """Meta-train a policy with PPO. However it ends, `--resume` goes on from the newest checkpoint as if nothing was."""
 
     out: Path
-    """Folder for policy.safetensors, config.json, checkpoint.pt and TensorBoard events."""
+    """Folder for policy.safetensors, config.json, checkpoints and TensorBoard events."""
     preset: str = "default"
     """smoke (under a minute on 2 cores), demo (a few minutes) or default (about half an hour)."""
     seed: int = 0
@@ -37,7 +37,7 @@ class Config:
     device: str = "cpu"
     """Where the inner models train: cpu or cuda."""
     resume: bool = False
-    """Go on from the checkpoint in the folder."""
+    """Go on from the newest checkpoint in the folder."""
     json: Path | None = None
     """Also write the meta-validation history to this file."""
 
@@ -70,10 +70,9 @@ def main(config: Config) -> None:
                 provenance={"preset": config.preset, "command": command(config)},
                 report=report,
             )
-        except KeyboardInterrupt:
-            kept = (config.out / CHECKPOINT_FILE).exists()
-            print(f"interrupted; {'go on with --resume' if kept else 'no checkpoint yet'}", file=sys.stderr)
-            raise SystemExit(130) from None
+        except KeyboardInterrupt as stop:
+            kept = Checkpoints(config.out).newest() is not None
+            raise type(stop)(f"interrupted; {'go on with --resume' if kept else 'no checkpoint yet'}") from None
     history = validation_history(config.out)
     _print_result(config, policy, history, time.monotonic() - started)
     if config.json:
@@ -88,13 +87,11 @@ def command(config: Config) -> str:
 
 def _check_same_run(config: Config) -> None:
     path = config.out / CONFIG_FILE
-    if not (config.out / CHECKPOINT_FILE).is_file() or not path.is_file():
+    if not path.is_file() or Checkpoints(config.out).newest() is None:
         raise ValueError(f"nothing to resume: no checkpoint in {config.out}")
     expected = json.loads(json.dumps(effective_config(PRESETS[config.preset], config.seed, config.device)))
-    if json.loads(path.read_text()) != expected:
-        raise ValueError(
-            f"{config.out} holds a run with other settings ({path}); give the same preset, seed and device"
-        )
+    if {**json.loads(path.read_text()), "device": config.device} != expected:
+        raise ValueError(f"{config.out} holds a run with other settings ({path}); give the same preset and seed")
 
 
 def _print_result(config: Config, policy: ControlPolicy, history: list[dict[str, float]], seconds: float) -> None:

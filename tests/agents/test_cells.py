@@ -21,6 +21,7 @@ from agents.schedules import Constant, Cosine, OneCycle
 from agents.searches import Searched
 from inner_models.models import ModelSpec
 from inner_models.tasks import Task
+from tests.faults import writers
 from tests.tiny import random_policy
 
 TASK = Task("digits", ModelSpec("mlp", 8, 1), horizon=2, interval_examples=32, train_rows=64, eval_rows=32)
@@ -138,3 +139,7 @@ def test_a_file_says_what_and_with_what_but_not_where(tmp_path: Path) -> None:
     for secret in (socket.gethostname(), platform.node(), str(tmp_path), str(Path.cwd()), str(Path.home())):
         assert len(secret) < 3 or secret not in text
     assert os.sep not in store.path(cell).name
+
+
+def test_ten_processes_write_at_the_same_time(tmp_path: Path) -> None:
+    assert writers.records(50, tmp_path).failures == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +13,11 @@ from agents.controllers import WithPolicy
 from agents.meta_validation import MetaValidation
 from agents.policy import ControlPolicy
 from agents.schedules import Cosine
+from agents.vec_env import CohortVecEnv
 from hpo_env.base_schedules import calibrated
 from inner_models.tasks import Task
 from tests.rules import flat
-from tests.tiny import random_policy
+from tests.tiny import TINY, random_policy
 
 TASK = Task.named("digits/mlp", horizon=4, interval_examples=64, train_rows=96, eval_rows=64)
 OTHER = Task.named("wine/mlp", horizon=3, interval_examples=48, train_rows=64, optimizer="sgd")
@@ -58,5 +60,6 @@ def test_by_hand() -> None:
 
 def test_workers_change_nothing() -> None:
     policy = random_policy(seed=1)
-    one, two = (MetaValidation([TASK, OTHER], [0, 1], workers=workers)(policy) for workers in (1, 2))
-    assert one == two
+    with closing(CohortVecEnv(TINY, cohorts=2, replicas=2, workers=2)) as env:
+        shared = MetaValidation([TASK, OTHER], [0, 1], map=env.map)(policy)
+    assert shared == MetaValidation([TASK, OTHER], [0, 1])(policy)

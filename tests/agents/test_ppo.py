@@ -18,13 +18,16 @@ from stable_baselines3.common.utils import set_random_seed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
+from agents.checkpoints import Checkpoints
 from agents.policy import ControlPolicy, PolicyHeader
 from agents.ppo import HIDDEN, UNSEEN_VARIANCE, Progress, build, export, meta_train
 from agents.presets import MetaTrainingConfig
 from agents.rollouts import RolloutWorkers, Step
-from agents.vec_env import CohortEnv, CohortVecEnv
+from agents.vec_env import PRIVILEGED, CohortEnv, CohortVecEnv
 from hpo_env.env import Variation
 from hpo_env.hyperparameters import CONTROLS
+from hpo_env.observations import FEATURES
+from tests.faults.resume import curves, entries
 from tests.tiny import TINY, TINY_CONFIG
 
 Array = NDArray[np.float32]
@@ -131,13 +134,14 @@ def tags(out: Path) -> dict[str, list[int]]:
 
 
 def repeated(steps: dict[str, list[int]]) -> list[str]:
-    """Tags whose steps do not increase strictly; PPO's own have a test to themselves."""
-    return [tag for tag, values in steps.items() if values != sorted(set(values)) and not tag.startswith("train/")]
+    """Tags whose steps do not increase strictly."""
+    return [tag for tag, values in steps.items() if values != sorted(set(values))]
 
 
 def checkpoint(out: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = torch.load(out / "checkpoint.pt", weights_only=True)
-    return loaded
+    newest = Checkpoints(out).newest()
+    assert newest is not None
+    return {"timesteps": newest.step, **newest.state["model"], **newest.state}
 
 
 def weights(states: Iterable[torch.Tensor]) -> list[list[float]]:
@@ -154,7 +158,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ControlPol
 
 def test_what_a_run_leaves(finished: tuple[Path, ControlPolicy, list[Progress]]) -> None:
     out, policy, reports = finished
-    assert {"policy.safetensors", "config.json", "checkpoint.pt", "tensorboard"} == {p.name for p in out.iterdir()}
+    left = {"policy.safetensors", "config.json", "checkpoints", "tensorboard", "writer.lock"}
+    assert left == {path.name for path in out.iterdir()}
     config = json.loads((out / "config.json").read_text())
     assert (config["timesteps"], config["seed"], config["device"]) == (256, 3, "cpu")
     assert ControlPolicy.load(out / "policy.safetensors").header == policy.header
@@ -202,44 +207,71 @@ def interrupt_at(timesteps: int, *, after_validation: bool = False) -> Callable[
 
 
 @pytest.mark.parametrize(
-    ("timesteps", "after_validation", "kept"), [(112, False, 64), (128, True, 64), (160, False, 128), (256, True, 192)]
+    ("timesteps", "after_validation", "kept"),
+    [(16, False, 0), (112, False, 64), (128, True, 64), (160, False, 128), (256, True, 192)],
 )
-def test_resumed(tmp_path: Path, timesteps: int, after_validation: bool, kept: int) -> None:
+def test_resumed_exactly(
+    finished: tuple[Path, ControlPolicy, list[Progress]],
+    tmp_path: Path,
+    timesteps: int,
+    after_validation: bool,
+    kept: int,
+) -> None:
     """Interrupted in a rollout, or right after a meta-validation, before its checkpoint."""
+    out, policy, _ = finished
     with pytest.raises(KeyboardInterrupt):
         meta_train(TINY_CONFIG, tmp_path, seed=3, report=interrupt_at(timesteps, after_validation=after_validation))
-    before = checkpoint(tmp_path)
-    assert before["timesteps"] == kept
+    assert checkpoint(tmp_path)["timesteps"] == kept
     reports: list[Progress] = []
-    meta_train(TINY_CONFIG, tmp_path, seed=3, resume=True, report=reports.append)
+    resumed = meta_train(TINY_CONFIG, tmp_path, seed=3, resume=True, report=reports.append)
     assert reports[0].timesteps == kept + 16
     assert reports[-1].timesteps == TINY_CONFIG.timesteps
-    after = checkpoint(tmp_path)
-    assert after["timesteps"] == TINY_CONFIG.timesteps
-    assert after["updates"] == TINY_CONFIG.timesteps // ROLLOUT * TINY_CONFIG.epochs
-    history = after["callback"]["history"]
-    assert [entry["timesteps"] for entry in history] == [0, 128, 256]
-    assert history[: len(before["callback"]["history"])] == before["callback"]["history"]
-    assert after["callback"]["best"] == max(entry["log_ratio_to_calibrated"] for entry in history)
-    steps = tags(tmp_path)
-    assert repeated(steps) == []
-    assert steps["rollout/ep_rew_mean"] == [64, 128, 192, 256]
-    assert steps["meta_validation/return"] == [0, 128, 256]
+    assert weights(resumed.state_dict().values()) == weights(policy.state_dict().values())
+    assert resumed.header.scores == policy.header.scores
+    assert entries(checkpoint(tmp_path)) == entries(checkpoint(out))
+    assert curves(tmp_path) == curves(out)
 
 
-def test_a_checkpoint_restores_the_model(tmp_path: Path) -> None:
+def test_resumed_again_and_again_with_workers(tmp_path: Path) -> None:
+    """Episodes longer than a rollout, bad starts, and two processes that are made anew each time."""
+    tasks = replace(TINY, horizons=(5, 7))
+    config = replace(TINY_CONFIG, workers=2, tasks=tasks, variation=Variation(start_probability=0.9))
+    meta_train(config, tmp_path / "whole", seed=5)
+    for timesteps in (80, 144, 224):
+        with pytest.raises(KeyboardInterrupt):
+            meta_train(config, tmp_path / "cut", seed=5, resume=timesteps > 80, report=interrupt_at(timesteps))
+    meta_train(config, tmp_path / "cut", seed=5, resume=True)
+    assert entries(checkpoint(tmp_path / "cut")) == entries(checkpoint(tmp_path / "whole"))
+    assert curves(tmp_path / "cut") == curves(tmp_path / "whole")
+
+
+def test_resumed_with_other_workers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As on another machine: networks and normalization go on, episodes begin anew."""
     with pytest.raises(KeyboardInterrupt):
         meta_train(TINY_CONFIG, tmp_path, seed=3, report=interrupt_at(208))
     before = checkpoint(tmp_path)
-    meta_train(replace(TINY_CONFIG, learning_rate=0.0), tmp_path, seed=3, resume=True)
+    meta_train(replace(TINY_CONFIG, learning_rate=0.0, workers=2), tmp_path, seed=3, resume=True)
+    assert "episodes begin anew" in caplog.text
     after = checkpoint(tmp_path)
+    assert after["timesteps"] == TINY_CONFIG.timesteps
     assert weights(after["policy"].values()) == weights(before["policy"].values())
     assert after["normalizer"]["count"] == before["normalizer"]["count"] + ROLLOUT
-    assert (after["normalizer"]["low"] <= before["normalizer"]["low"]).all()
-    assert (after["normalizer"]["high"] >= before["normalizer"]["high"]).all()
-    assert (before["normalizer"]["high"] >= before["normalizer"]["low"]).all()
-    first, last = before["optimizer"]["state"][0]["step"], after["optimizer"]["state"][0]["step"]
+    first, last = before["optimizer"][0]["step"], after["optimizer"][0]["step"]
     assert last == first + TINY_CONFIG.epochs * ROLLOUT // TINY_CONFIG.minibatch
+    assert repeated(tags(tmp_path)) == []
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    finished: tuple[Path, ControlPolicy, list[Progress]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    newest = sorted((out / "checkpoints").iterdir())[-1]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    meta_train(TINY_CONFIG, out, seed=3, resume=True)
+    assert "damaged" in caplog.text
+    assert entries(checkpoint(out)) == entries(checkpoint(finished[0]))
+    assert curves(out) == curves(finished[0])
 
 
 def test_resuming_a_finished_run_changes_nothing(
@@ -254,12 +286,15 @@ def test_resuming_a_finished_run_changes_nothing(
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         meta_train(TINY_CONFIG, tmp_path / "new", resume=True)
-    with pytest.raises(KeyboardInterrupt):
-        meta_train(TINY_CONFIG, tmp_path / "early", report=interrupt_at(16))
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        meta_train(TINY_CONFIG, tmp_path / "early", resume=True)
+
+
+def test_a_run_is_not_trained_over(finished: tuple[Path, ControlPolicy, list[Progress]]) -> None:
+    before = checkpoint(finished[0])
+    with pytest.raises(FileExistsError, match="resume=True"):
+        meta_train(TINY_CONFIG, finished[0], seed=3)
+    assert entries(checkpoint(finished[0])) == entries(before)
 
 
 def test_export_equals_the_trained_policy() -> None:
@@ -274,12 +309,14 @@ def test_export_equals_the_trained_policy() -> None:
     observations = [env.step(rng.uniform(-1, 1, (16, len(CONTROLS))).astype(np.float32))[0] for _ in range(8)]
     seen = np.concatenate([*observations, 50 * observations[0]]).astype(np.float32)  # some beyond the clip
     unseen = model.obs_rms.var < UNSEEN_VARIANCE
-    assert 0 < unseen.sum() < len(unseen) / 2
-    blind, _ = policy.act(np.where(unseen, 7.0, seen).astype(np.float32))
+    unseen[-len(PRIVILEGED) :] = True  # the critic's alone
+    assert len(PRIVILEGED) < unseen.sum() < len(unseen) / 2
+    own = len(FEATURES)
+    blind, _ = policy.act(np.where(unseen, 7.0, seen)[:, :own].astype(np.float32))
     seen = np.where(unseen, model.obs_rms.mean, seen).astype(np.float32)
-    np.testing.assert_array_equal(policy.act(seen)[0], blind)
+    np.testing.assert_array_equal(policy.act(seen[:, :own])[0], blind)
     expected, _ = model.predict(model.actor.normalize(seen).numpy(), deterministic=True)
-    found, _ = policy.act(seen)
+    found, _ = policy.act(seen[:, :own])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert np.abs(found).max() > 0.01
     assert (policy.std != 1).any()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from copy import deepcopy
 from functools import partial
@@ -18,7 +20,8 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import set_random_seed
 
-from agents.rollouts import Actor, Batch, RolloutPPO, RolloutWorkers, Step
+from agents.rollout_ppo import RolloutPPO
+from agents.rollouts import Actor, Batch, RolloutWorkers, Step
 
 RUNS, STEPS, GAMMA = 4, 5, 0.9
 
@@ -49,6 +52,14 @@ class Walks:
                 for index, row in enumerate(self._at)
             ]
         return self._begin() if over else self._at, np.ones(len(infos)), np.full(len(infos), over), infos
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": torch.from_numpy(self._at.copy()), "time": self._time, "rng": dict(self._rng.bit_generator.state)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._at, self._time = state["at"].numpy(), state["time"]
+        self._rng = np.random.default_rng()
+        self._rng.bit_generator.state = state["rng"]
 
     def _begin(self) -> Batch:
         self._at = self._rng.uniform(-1, 1, self._shape).astype(np.float32)
@@ -200,3 +211,51 @@ def test_no_worker_waits_for_another(tmp_path: Path) -> None:
         steps = list(env.collect(build(env).actor, env.reset(), 20))
     assert len(steps) == 20
     assert {step.observations.shape for step in steps} == {(RUNS, Relay.WIDE)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_goes_on_as_if_nothing_had_been(workers: int) -> None:
+    """Two rollouts and updates by one model, or one each by two models, in other processes."""
+
+    def collected(model: RolloutPPO, rollouts: int) -> list[RolloutBuffer]:
+        recorder, fresh = Recorder(), not model.num_timesteps
+        model.learn(rollouts * STEPS * RUNS, callback=recorder, reset_num_timesteps=fresh)
+        return recorder.buffers
+
+    share = partial(Walks, RUNS // max(1, workers))
+    with closing(workers_of(share, workers)) as env:
+        whole = build(env)
+        buffers = [*collected(whole, 1), *collected(whole, 1)]
+    with closing(workers_of(share, workers)) as env:
+        first = build(env)
+        collected(first, 1)
+        state = deepcopy(first.state_dict())
+    torch.manual_seed(5)
+    with closing(workers_of(share, workers)) as env:
+        second = build(env)
+        second.load_state_dict(state)
+        (buffer,) = collected(second, 1)
+    assert torch.equal(weights(second), weights(whole))
+    np.testing.assert_array_equal(buffer.actions, buffers[1].actions)
+    np.testing.assert_array_equal(second.obs_rms.var, whole.obs_rms.var)
+    np.testing.assert_array_equal(second.observation_high, whole.observation_high)
+    with closing(workers_of(share, 1)) as env, pytest.raises(ValueError, match="state is of"):
+        env.load_state_dict({**state["env"], "workers": [{}] * 3})
+
+
+def test_map_keeps_the_order() -> None:
+    items = list(range(-7, 7))
+    for workers in (0, 2):
+        with closing(workers_of(partial(Walks, RUNS // max(1, workers)), workers)) as env:
+            assert env.map(abs, items) == [abs(item) for item in items]
+            assert env.map(abs, []) == []
+            with pytest.raises((RuntimeError, TypeError), match="bad operand"):
+                env.map(abs, ["x"])
+
+
+def test_workers_leave_ctrl_c_to_the_first_process() -> None:
+    with closing(workers_of(partial(Walks, RUNS // 2), workers=2)) as env:
+        before = env.reset()
+        for process in env._processes:
+            os.kill(process.pid, signal.SIGINT)
+        np.testing.assert_array_equal(env.reset(), before)

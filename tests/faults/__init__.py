@@ -1,5 +1,5 @@
-"""Faults brought about on purpose, and what must hold. `make faults` runs the long forms and prints a table; the tests run
-short forms of the same functions."""
+"""Faults brought about on purpose, and what must hold. `make faults` runs the long forms and prints a table; the tests
+run short forms of the same functions."""
 
 from __future__ import annotations
 

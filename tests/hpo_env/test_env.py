@@ -28,6 +28,7 @@ from hpo_env.vector_env import HPOVectorEnv
 from inner_models.datasets import load_dataset
 from inner_models.replicated_layers import parameter_count
 from inner_models.tasks import DEFAULT_SPECS, Task, TaskDistribution
+from tests.conformance import EXPLOSIVE
 from tests.rules import RULES
 
 NAMES = [
@@ -52,7 +53,6 @@ VARIATION = Variation(
     untold_probability=0.5,
     unmeasured_probability=0.5,
 )
-EXPLOSIVE = BaseSchedule(lr=1e9, batch_size=16, weight_decay=1e-3, dropout=0.1, warmup=0.0)
 GENTLE = BaseSchedule(lr=1e-3, batch_size=32, weight_decay=1e-3, dropout=0.1)  # loses no run, whatever the actions
 STAY = np.zeros(len(CONTROLS), np.float32)
 

@@ -40,7 +40,7 @@ def diverged(train_loss: Array, val_loss: Array, initial: Array) -> NDArray[np.b
 
 
 def leave_one_out(rewards: Array) -> Array:
-    """Each replica's reward less the mean of the others': r_i - mean_{j != i} r_j, `[replicas, ...]`; 0 for one replica."""
+    """Each replica's reward less the mean of the others': r_i - mean_{j != i} r_j, `[replicas, ...]`; 0 for one."""
     count = len(rewards)
     if count < 2:
         return np.zeros_like(rewards)

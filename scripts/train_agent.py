@@ -26,7 +26,7 @@ from scripts.common import (
 
 @dataclass
 class Config:
-    """Meta-train a policy with PPO. However it ends, `--resume` goes on from the newest checkpoint as if nothing was."""
+    """Meta-train a policy with PPO. However it ends, `--resume` goes on from the newest checkpoint, exactly."""
 
     out: Path
     """Folder for policy.safetensors, config.json, checkpoints and TensorBoard events."""

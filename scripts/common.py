@@ -40,8 +40,8 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def run_main(config: type[Config], main: Callable[[Config], None]) -> None:
-    """Parse the command line into `config` and call `main`. Exits with 2 on bad input, 130 when interrupted (Ctrl-C), 143
-    when terminated."""
+    """Parse the command line into `config` and call `main`. Exits with 2 on bad input, 130 after Ctrl-C, 143 when
+    terminated."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         main(tyro.cli(config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,14 +17,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-import agents.policy as policy_module
-from agents import ControlPolicy, PolicyError
-from agents.policy import FORMAT, PolicyHeader
+from agents import ControlPolicy, PolicyError, policy_file
+from agents.policy import PolicyHeader
+from agents.policy_file import FORMAT
 from tests.rules import RULES
 from tests.tiny import random_policy
 
 OBSERVATIONS = np.random.default_rng(0).uniform(-2, 2, (32, len(PolicyHeader(hidden=(), base_rules={}).features)))
 RULE = random_policy().header.base_rules
+RANGES = random_policy().header.ranges
 
 
 @pytest.fixture
@@ -39,13 +41,13 @@ def identical(one: ControlPolicy, other: ControlPolicy) -> bool:
 
 def write(path: Path, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """A file with a correct checksum over any contents, as an attacker could write it."""
-    payload = {**header, "sha256": policy_module._digest(header, tensors)}
+    payload = {**header, "sha256": policy_file.digest(header, tensors)}
     save_file(tensors, path, {FORMAT: json.dumps(payload)})
 
 
 def valid_parts() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     policy = random_policy()
-    return {"format_version": policy_module.FORMAT_VERSION, **asdict(policy.header)}, dict(policy.state_dict())
+    return {"format_version": policy_file.FORMAT_VERSION, **asdict(policy.header)}, dict(policy.state_dict())
 
 
 # -- round trip --------------------------------------------------------------------------------------------------------
@@ -112,9 +114,11 @@ def test_one_flipped_byte(path: Path, mask: int) -> None:
 
 def test_truncated(path: Path) -> None:
     whole = path.read_bytes()
+    tensors_at = 8 + int.from_bytes(whole[:8], "little")
     for length in np.linspace(0, len(whole) - 1, 100, dtype=int).tolist():
         path.write_bytes(whole[:length])
-        with pytest.raises(PolicyError, match="not a whole safetensors file"):
+        reason = "do not hold its header" if length < tensors_at else "bytes of tensors instead of"
+        with pytest.raises(PolicyError, match=f"not a whole safetensors file .*{reason}"):
             ControlPolicy.load(path)
 
 
@@ -154,7 +158,7 @@ def test_a_pickle_runs_no_code(path: Path, tmp_path: Path) -> None:
 
 def test_newer_format_version(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(policy_module, "FORMAT_VERSION", policy_module.FORMAT_VERSION + 1)
+        patch.setattr(policy_file, "FORMAT_VERSION", policy_file.FORMAT_VERSION + 1)
         random_policy().save(path)
         assert identical(ControlPolicy.load(path), random_policy())
     with pytest.raises(PolicyError, match="upgrade hyperpilot"):
@@ -169,15 +173,21 @@ def test_other_format_versions(path: Path, version: Any) -> None:
         ControlPolicy.load(path)
 
 
-@pytest.mark.parametrize("name", ["features", "controls", "ranges"])
-def test_made_for_another_problem(path: Path, name: str) -> None:
-    header = random_policy().header
-    others: dict[str, Any] = {
-        "features": (*header.features[:-1], "barometer"),
-        "controls": tuple(reversed(header.controls)),
-        "ranges": {**header.ranges, "lr": {**header.ranges["lr"], "step": 0.5}},
-    }
-    ControlPolicy(replace(header, **{name: others[name]})).save(path)
+OTHERS: list[tuple[str, Any]] = [
+    ("features", (*PolicyHeader(hidden=(), base_rules={}).features, "barometer")),
+    ("features", []),
+    ("features", "progress"),
+    ("controls", tuple(reversed(random_policy().header.controls))),
+    ("controls", None),
+    ("ranges", {**RANGES, "lr": {**RANGES["lr"], "step": 0.5}}),
+    ("ranges", {"lr": RANGES["lr"]}),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OTHERS)
+def test_made_for_another_problem(path: Path, name: str, value: Any) -> None:
+    header, tensors = valid_parts()
+    write(path, {**header, "trained_ranges": {"barometer": [0, 1]}, name: value}, tensors)
     with pytest.raises(PolicyError, match=f"other {name}"):
         ControlPolicy.load(path)
 
@@ -191,42 +201,110 @@ def test_plain_safetensors(path: Path) -> None:
 @pytest.mark.parametrize("text", ["[1]", '"x"', "3", "null", "{}", "{", "[" * 100_000, '{"format_version": 1}'])
 def test_a_header_that_is_none(path: Path, text: str) -> None:
     save_file(dict(random_policy().state_dict()), path, {FORMAT: text})
-    with pytest.raises(PolicyError, match="its header cannot be read"):
+    with pytest.raises(PolicyError, match=r"its header cannot be read|nested too deeply"):
+        ControlPolicy.load(path)
+
+
+ROW = RULE["adamw"]["coefficients"]
+
+
+def adamw(**changes: Any) -> dict[str, Any]:
+    return {**RULE, "adamw": {**RULE["adamw"], **changes}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("hidden", [-5], "header.hidden[0] must be an integer in 1..4096, not -5"),
+        ("hidden", [8, 0], "header.hidden[1]"),
+        ("hidden", [True], "not True"),
+        ("hidden", [16.0], "not 16.0"),
+        ("hidden", ["x"], "not 'x'"),
+        ("hidden", [10**9], "1000000000"),
+        ("hidden", [8] * 99, "header.hidden must be a list of 0..16 entries"),
+        ("hidden", 16, "header.hidden"),
+        ("base_rules", {}, "'adamw'"),
+        ("base_rules", ["adamw"], "header.base_rules"),
+        ("base_rules", {**RULE, "lion": RULE["adamw"]}, "'lion'"),
+        ("base_rules", {**RULE, "adamw": []}, "header.base_rules.adamw"),
+        ("base_rules", adamw(coefficients={}), "header.base_rules.adamw.coefficients"),
+        ("base_rules", adamw(coefficients=1), "header.base_rules.adamw.coefficients"),
+        ("base_rules", adamw(coefficients={**ROW, "momentum": [0, 0, 0]}), "'momentum'"),
+        ("base_rules", adamw(coefficients={**ROW, "lr": [0, 0]}), "coefficients.lr"),
+        ("base_rules", adamw(coefficients={**ROW, "lr": "012"}), "coefficients.lr"),
+        ("base_rules", adamw(coefficients={**ROW, "lr": [0, 0, "0"]}), "coefficients.lr[2]"),
+        ("base_rules", adamw(coefficients={**ROW, "lr": [0, 0, True]}), "coefficients.lr[2]"),
+        ("base_rules", adamw(coefficients={**ROW, "lr": [1e308, -1e308, 0]}), "1e+308"),
+        ("base_rules", adamw(warmup=2.0), "header.base_rules.adamw.warmup"),
+        ("base_rules", adamw(warmup=False), "header.base_rules.adamw.warmup"),
+        ("base_rules", adamw(warmup=5e-324), "header.base_rules.adamw.warmup"),
+        ("base_rules", {**RULE, "sgd": {"lr": 1e-3, "weight_decay": 0.1}}, "header.base_rules.sgd"),
+        ("base_schedules", {}, "'base_schedules'"),
+        ("required_signals", ["train_loss", "horoscope"], "'horoscope'"),
+        ("required_signals", [["train_loss"]], "header.required_signals[0]"),
+        ("required_signals", None, "header.required_signals"),
+        ("required_signals", "train_loss", "header.required_signals"),
+        ("ranges", {**RANGES, "dropout": {**RANGES["dropout"], "step": True}}, "header.ranges['dropout']['step']"),
+        ("trained_ranges", {"horizons": [1, 2, 3]}, "header.trained_ranges.horizons"),
+        ("trained_ranges", {"horizons": 8}, "header.trained_ranges.horizons"),
+        ("trained_ranges", {"horizons": ["few", "many"]}, "'few'"),
+        ("trained_ranges", {"progress": [0.0, None]}, "header.trained_ranges.progress[1]"),
+        ("trained_ranges", {"progress": [0.5, 0.25]}, "0.5..0.25"),
+        ("trained_ranges", {"progress": [-1e300, 1e300]}, "-1e+300"),
+        ("trained_ranges", {"barometer": [0, 1]}, "'barometer'"),
+        ("trained_ranges", [1], "header.trained_ranges"),
+        ("training", ["seed"], "header.training"),
+        ("training", {"preset": ["default"]}, "header.training.preset"),
+        ("training", {"seconds": "2097"}, "header.training.seconds"),
+        ("training", {"a": {"b": {"c": {"d": {}}}}}, "nested too deeply"),
+        ("training", {"command": "\x1b[2J"}, "'\\x1b[2J'"),
+        ("training", {"datasets": ["\ud800"]}, "header.training['datasets'][0]"),
+        ("training", {"\u202ename": 1}, "a name in header.training"),
+        ("training", {"command": "x" * 5000}, "4096"),
+        ("scores", {"timesteps": 0.5}, "header.scores.timesteps"),
+        ("scores", None, "header.scores"),
+        ("surprise", 1, "'surprise'"),
+        ("x" * 10_000, 1, "xxx..."),
+    ],
+)
+def test_a_header_that_does_not_fit(path: Path, field: str, value: Any, named: str) -> None:
+    header, tensors = valid_parts()
+    write(path, {**header, field: value}, tensors)
+    with pytest.raises(PolicyError, match=rf"does not fit format version.*{re.escape(named)}") as error:
+        ControlPolicy.load(path)
+    assert len(str(error.value)) < 500
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("field", [*asdict(random_policy().header)])
+def test_a_header_that_lacks_an_entry(path: Path, field: str) -> None:
+    header, tensors = valid_parts()
+    del header[field]
+    write(path, header, tensors)
+    with pytest.raises(PolicyError, match=f"does not fit format version.*'{field}'"):
         ControlPolicy.load(path)
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("old", "new", "named"),
     [
-        ("hidden", [-5]),
-        ("hidden", [0]),
-        ("hidden", [float("inf")]),
-        ("hidden", ["x"]),
-        ("hidden", [10**9]),
-        ("hidden", [8] * 99),
-        ("hidden", 16),
-        ("base_rules", {}),
-        ("base_rules", ["adamw"]),
-        ("base_rules", {**RULE, "adamw": []}),
-        ("base_rules", {**RULE, "adamw": {"coefficients": {}, "warmup": 0.1}}),
-        ("base_rules", {**RULE, "adamw": {**RULE["adamw"], "warmup": 2.0}}),
-        ("base_rules", {**RULE, "adamw": {**RULE["adamw"], "coefficients": 1}}),
-        ("base_rules", {**RULE, "sgd": {"lr": 1e-3, "batch_size": 32, "weight_decay": 0.1, "dropout": 0.1}}),
-        ("base_schedules", {}),
-        ("required_signals", ["train_loss", "horoscope"]),
-        ("required_signals", None),
-        ("trained_ranges", {"horizons": [1, 2, 3]}),
-        ("trained_ranges", {"horizons": 8}),
-        ("trained_ranges", {"horizons": ["few", "many"]}),
-        ("trained_ranges", {"progress": [0.0, None]}),
-        ("trained_ranges", [1]),
-        ("surprise", 1),
+        ('"hidden": [16]', '"hidden": [16], "hidden": [16]', "'hidden' comes 2 times"),
+        ('"warmup": 0.1', '"warmup": 0.1, "warmup": 0.1', "'warmup' comes 2 times"),
+        ('"hidden": [16]', '"hidden": [1e400]', "'1e400'"),
+        ('"hidden": [16]', '"hidden": [NaN]', "'NaN'"),
+        ('"hidden": [16]', '"hidden": [-Infinity]', "'-Infinity'"),
+        ('"hidden": [16]', f'"hidden": [{"9" * 5000}]', "'99999"),
+        ('"hidden": [16]', f'"hidden": [16.{"0" * 5000}]', "'16.000"),
+        ('"hidden": [16]', '"hidden": ["\n"]', "control character"),
+        ("{", "\ufeff{", "BOM"),
     ],
 )
-def test_a_header_that_does_not_fit(path: Path, field: str, value: Any) -> None:
+def test_json_that_readers_disagree_about(path: Path, old: str, new: str, named: str) -> None:
     header, tensors = valid_parts()
-    write(path, {**header, field: value}, tensors)
-    with pytest.raises(PolicyError, match="does not fit format version"):
+    text = json.dumps({**header, "sha256": policy_file.digest(header, tensors)})
+    assert old in text
+    save_file(tensors, path, {FORMAT: text.replace(old, new, 1)})
+    with pytest.raises(PolicyError, match=f"its header cannot be read.*{named}"):
         ControlPolicy.load(path)
 
 
@@ -259,35 +337,67 @@ def test_tensors_that_do_not_fit(path: Path, change: str) -> None:
         ControlPolicy.load(path)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(path: Path, value: float) -> None:
-    policy = random_policy()
-    next(policy.parameters()).data[1, 2] = value
-    policy.save(path)
-    with pytest.raises(PolicyError, match="not finite"):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38])
+@pytest.mark.parametrize("name", ["mean", "std", "network.0.weight", "network.2.bias"])
+def test_weights_that_are_not_finite(path: Path, name: str, value: float) -> None:
+    header, tensors = valid_parts()
+    tensors[name].view(-1)[1] = value
+    write(path, header, tensors)
+    with pytest.raises(PolicyError, match=f"{name} that are not finite"):
         ControlPolicy.load(path)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])
 def test_a_deviation_that_is_not_positive(path: Path, value: float) -> None:
-    policy = random_policy()
-    policy.std[3] = value
-    policy.save(path)
+    header, tensors = valid_parts()
+    tensors["std"][3] = value
+    write(path, header, tensors)
     with pytest.raises(PolicyError, match="std"):
         ControlPolicy.load(path)
+
+
+def test_what_could_not_be_loaded_is_not_saved(path: Path) -> None:
+    before, policy = path.read_bytes(), random_policy(seed=1)
+    policy.std[3] = float("nan")
+    with pytest.raises(PolicyError, match="the policy holds weights in std that are not finite"):
+        policy.save(path)
+    policy = random_policy(seed=1)
+    policy.header = replace(policy.header, training={"command": "\x1b[2J"})
+    with pytest.raises(PolicyError, match=r"header.training\['command'\] must be printable"):
+        policy.save(path)
+    assert path.read_bytes() == before
 
 
 def test_too_large(path: Path) -> None:
     with path.open("ab") as file:
         file.truncate(1 << 30)  # sparse
-    with pytest.raises(PolicyError, match="more than any policy file"):
+    with pytest.raises(PolicyError, match="more than 67108864"):
         ControlPolicy.load(path)
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    for missing in (tmp_path / "absent.safetensors", tmp_path):
-        with pytest.raises(FileNotFoundError, match="no policy file at"):
-            ControlPolicy.load(missing)
+    with pytest.raises(FileNotFoundError, match="no policy file at"):
+        ControlPolicy.load(tmp_path / "absent.safetensors")
+
+
+def test_a_link_is_followed(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(path.name)
+    assert identical(ControlPolicy.load(tmp_path / "link"), random_policy())
+
+
+def test_bytes_are_as_good_as_a_file(path: Path) -> None:
+    data = path.read_bytes()
+    assert identical(ControlPolicy.from_bytes(data), random_policy())
+    with pytest.raises(PolicyError, match=r"^mail is not a whole safetensors file"):
+        ControlPolicy.from_bytes(data[:-1], "mail")
+
+
+def test_loading_draws_no_random_numbers(path: Path) -> None:
+    torch.manual_seed(3)
+    ControlPolicy.load(path)
+    drawn = torch.rand(4)
+    torch.manual_seed(3)
+    assert drawn.equal(torch.rand(4))
 
 
 # -- out of its depth --------------------------------------------------------------------------------------------------

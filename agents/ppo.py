@@ -25,7 +25,6 @@ from hpo_env.base_schedules import calibrated_rule
 from hpo_env.observations import FEATURES
 from inner_models.splits import datasets_of
 
-from .actor_critic import AsymmetricActorCritic
 from .checkpoints import Checkpoint, Checkpoints
 from .files import CONFIG_FILE, only_writer, write_atomically
 from .meta_validation import MetaValidation, Score
@@ -164,7 +163,7 @@ def _rewind(folder: Path, events: Mapping[str, int]) -> None:
 def build(config: MetaTrainingConfig, env: RolloutWorkers) -> RolloutPPO:
     """The model to meta-train, untrained."""
     return RolloutPPO(
-        AsymmetricActorCritic,
+        "MlpPolicy",
         env,
         n_steps=config.rollout_steps,
         batch_size=config.minibatch,
@@ -174,7 +173,7 @@ def build(config: MetaTrainingConfig, env: RolloutWorkers) -> RolloutPPO:
         gae_lambda=config.gae_lambda,
         clip_range=config.clip,
         ent_coef=config.entropy,
-        policy_kwargs={"net_arch": list(HIDDEN), "log_std_init": config.log_std, "privileged": env.privileged},
+        policy_kwargs={"net_arch": list(HIDDEN), "log_std_init": config.log_std},
         device="cpu",
         seed=None,
     )
@@ -183,15 +182,14 @@ def build(config: MetaTrainingConfig, env: RolloutWorkers) -> RolloutPPO:
 def export(model: RolloutPPO, header: PolicyHeader) -> ControlPolicy:
     """The deterministic policy of a model with its input normalization."""
     policy, actor = ControlPolicy(header), model.actor
-    seen = len(header.features)
-    policy.mean.copy_(torch.from_numpy(actor.mean[:seen]))
-    policy.std.copy_(torch.from_numpy(actor.std[:seen]))
+    policy.mean.copy_(torch.from_numpy(actor.mean))
+    policy.std.copy_(torch.from_numpy(actor.std))
     extractor = model.policy.mlp_extractor.policy_net
     linear = [m for m in [*extractor, model.policy.action_net] if isinstance(m, torch.nn.Linear)]
     own = [m for m in policy.network if isinstance(m, torch.nn.Linear)]
     for target, source in zip(own, linear, strict=True):
         target.load_state_dict(source.state_dict())
-    own[0].weight.data[:, torch.from_numpy(model.obs_rms.var[:seen]) < UNSEEN_VARIANCE] = 0
+    own[0].weight.data[:, torch.from_numpy(model.obs_rms.var) < UNSEEN_VARIANCE] = 0
     return policy.eval()
 
 
@@ -338,8 +336,7 @@ class _Callback(BaseCallback):
 
     def _seen(self) -> dict[str, tuple[float, float]]:
         """Feature -> the least and the largest value seen so far; nothing before the first rollout."""
-        seen = len(FEATURES)
-        extremes = zip(FEATURES, self.model.observation_low[:seen], self.model.observation_high[:seen], strict=True)
+        extremes = zip(FEATURES, self.model.observation_low, self.model.observation_high, strict=True)
         return {feature.name: (float(low), float(high)) for feature, low, high in extremes if low <= high}
 
     def _header(self, scores: dict[str, Any]) -> PolicyHeader:

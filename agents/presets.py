@@ -39,7 +39,7 @@ class MetaTrainingConfig:
     epochs: int = 6
     minibatch: int = 1024
     learning_rate: float = 3e-4
-    gae_lambda: float = 0.98
+    gae_lambda: float = 0.99
     clip: float = 0.2
     entropy: float = 0.0
     log_std: float = -1.4
@@ -62,9 +62,9 @@ PRESETS: dict[str, MetaTrainingConfig] = {
         tasks=META_TRAIN_SMALL, validation=META_VALIDATION_SMALL,
     ),
     "default": MetaTrainingConfig(
-        timesteps=1_474_560, cohorts=16, replicas=16, rollout_steps=32, validate_every=49_152, validation_seeds=8,
+        timesteps=737_280, cohorts=16, replicas=16, rollout_steps=32, validate_every=49_152, validation_seeds=8,
         epochs=8, minibatch=1024, learning_rate=6e-4, averaging=0.9,
-        variation=Variation(mask_probability=0.15, start_probability=0.3, blind_probability=0.7,
+        variation=Variation(mask_probability=0.15, start_probability=0.2, blind_probability=0.7,
                             untold_probability=0.2, unmeasured_probability=0.1),
     ),
 }  # fmt: skip

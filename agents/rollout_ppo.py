@@ -12,7 +12,6 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 
@@ -41,10 +40,7 @@ class RolloutPPO(PPO):
         """The present policy and normalization."""
         buffer = io.BytesIO()
         self.policy.save(buffer)  # type: ignore[arg-type]
-        assert isinstance(self.policy, ActorCriticPolicy)
-        return Actor(
-            type(self.policy), buffer.getvalue(), self.obs_rms.mean, np.sqrt(self.obs_rms.var + _EPSILON), self.gamma
-        )
+        return Actor(buffer.getvalue(), self.obs_rms.mean, np.sqrt(self.obs_rms.var + _EPSILON), self.gamma)
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int

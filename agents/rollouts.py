@@ -50,13 +50,11 @@ class Actor:
     """All that a worker needs to act in one rollout.
 
     Attributes:
-        kind: class of the actor-critic.
         policy: the actor-critic, as stable-baselines3 saves it.
         mean, std: of the observations, `[features]`.
         gamma: discount factor.
     """
 
-    kind: type[ActorCriticPolicy]
     policy: bytes
     mean: Array
     std: Array
@@ -87,7 +85,7 @@ def rollout(env: Env, actor: Actor, observations: Batch, n_steps: int, seed: int
         observations: `[envs, features]`, where the last rollout (or the reset) left the environments.
         seed: of the actions.
     """
-    policy = actor.kind.load(io.BytesIO(actor.policy), device="cpu")  # type: ignore[arg-type]
+    policy = ActorCriticPolicy.load(io.BytesIO(actor.policy), device="cpu")  # type: ignore[arg-type]
     assert isinstance(policy.action_space, spaces.Box)
     torch.manual_seed(seed)
     for _ in range(n_steps):
@@ -137,7 +135,6 @@ class RolloutWorkers(VecEnv):
         make: makes a worker's share of the environments.
         num_envs: of all workers together.
         workers: processes; 0 works in this one (as on a GPU).
-        privileged: how many of an observation's last entries are for the critic alone.
         seed: fixes the environments' draws and the actions sampled.
     """
 
@@ -149,11 +146,9 @@ class RolloutWorkers(VecEnv):
         action_space: spaces.Box,
         *,
         workers: int = 0,
-        privileged: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(num_envs, observation_space, action_space)
-        self.privileged = privileged
         self._seed_value = seed
         self._rollouts = 0
         self._local = None if workers else make()

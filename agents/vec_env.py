@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from numpy.typing import NDArray
 
-from hpo_env.env import Variation, action_space
+from hpo_env.env import Variation, action_space, observation_space
 from hpo_env.hyperparameters import CONTROLS, Array
-from hpo_env.observations import HIGH, LOW
 from hpo_env.rewards import leave_one_out
 from hpo_env.vector_env import HPOVectorEnv
 from inner_models.tasks import Task, TaskDistribution
@@ -22,11 +20,6 @@ from inner_models.tasks import Task, TaskDistribution
 from .rollouts import RolloutWorkers, Step
 
 _REWARD_CLIP = 5.0
-
-PRIVILEGED = ("aligned", "return", "train_loss", *(f"{name}_offset" for name in CONTROLS))
-"""What the critic sees besides the observation, after it: whether a replica keeps step with its cohort and, if so, its
-return (in the task's spreads), the log of its training loss and its offsets, each less the mean of the others'."""
-_PRIVILEGED_LIMIT = 10.0
 
 
 class RelativeRewards:
@@ -80,11 +73,6 @@ class RelativeRewards:
         self._returns[cohort] = np.where(aligned, before + rewards, np.nan)
         return np.asarray(np.clip(result / self._scales[cohort], -_REWARD_CLIP, _REWARD_CLIP))
 
-    def so_far(self, cohort: int, replicas: int) -> Array:
-        """Returns of a cohort's replicas in the task's spreads, `[replicas]`; NaN for one that has restarted."""
-        returns = self._returns[cohort]
-        return returns / self._scales[cohort] if len(returns) else np.zeros(replicas)
-
     def state_dict(self) -> dict[str, Any]:
         return {
             "spreads": dict(self._spreads),
@@ -123,7 +111,7 @@ class CohortEnv:
         self._keys = [task_key(task) for task in self.env.tasks]
         for cohort, key in enumerate(self._keys):
             self._relative.begin(cohort, key)
-        return self._with_privileged(observations)
+        return observations
 
     def state_dict(self) -> dict[str, Any]:
         """The episodes under way (see `HPOVectorEnv`) and what rewards are relative to: tensors and plain values."""
@@ -153,8 +141,7 @@ class CohortEnv:
         for index in np.flatnonzero(over):
             final = {key: infos["final_info"][key][index] for key in ("train_loss", "val_loss", "diverged")}
             listed[index] = {
-                # Only those that have restarted are truncated, and of them the critic sees nothing more.
-                "terminal_observation": np.append(infos["final_obs"][index], np.zeros(len(PRIVILEGED), np.float32)),
+                "terminal_observation": infos["final_obs"][index],
                 "TimeLimit.truncated": bool(truncated[index]),
                 "episode": {"r": self._return[index], "l": int(before[index]) + 1, "t": time.time()},
                 "final": final,
@@ -168,22 +155,7 @@ class CohortEnv:
                 self._relative.end(cohort, self._keys[cohort])
                 self._keys[cohort] = task_key(task)
                 self._relative.begin(cohort, self._keys[cohort])
-        return self._with_privileged(observations), rewards, over, listed
-
-    def _with_privileged(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Observations with what only the critic sees, `[replicas, features + privileged]`."""
-        replicas = self.env.num_envs // self._cohorts
-        found = np.zeros((self._cohorts, replicas, len(PRIVILEGED)), np.float32)
-        for cohort, loop in enumerate(self.env.loops):
-            telemetry = loop.state.telemetry
-            aligned = telemetry.interval == telemetry.interval.max()
-            with np.errstate(divide="ignore", invalid="ignore"):
-                loss = np.log(telemetry.value("train_loss"))
-                own = np.column_stack([self._relative.so_far(cohort, replicas), loss, loop.state.offsets])
-                relative = np.nan_to_num(leave_one_out(own[aligned]), posinf=np.inf, neginf=-np.inf)
-            found[cohort, aligned, 0] = 1
-            found[cohort, aligned, 1:] = relative.clip(-_PRIVILEGED_LIMIT, _PRIVILEGED_LIMIT)
-        return np.concatenate([observations, found.reshape(self.env.num_envs, -1)], axis=1)
+        return observations, rewards, over, listed
 
 
 class CohortVecEnv(RolloutWorkers):
@@ -211,14 +183,4 @@ class CohortVecEnv(RolloutWorkers):
             raise ValueError(f"cohorts must be a multiple of workers, not {cohorts} for {workers}")
         share = cohorts // max(1, workers)
         make = partial(CohortEnv, tasks, share, replicas, variation or Variation(), device)
-        limit = np.full(len(PRIVILEGED), _PRIVILEGED_LIMIT, np.float32)
-        seen = spaces.Box(np.append(LOW, -limit), np.append(HIGH, limit), dtype=np.float32)
-        super().__init__(
-            make,
-            cohorts * replicas,
-            seen,
-            action_space(),
-            workers=workers,
-            privileged=len(PRIVILEGED),
-            seed=seed,
-        )
+        super().__init__(make, cohorts * replicas, observation_space(), action_space(), workers=workers, seed=seed)

@@ -40,8 +40,8 @@ def diverged(train_loss: Array, val_loss: Array, initial: Array) -> NDArray[np.b
 
 
 def leave_one_out(rewards: Array) -> Array:
-    """Each replica's reward less the mean of the others': r_i - mean_{j != i} r_j, `[replicas, ...]`; 0 for one."""
+    """Each replica's reward less the mean of the others': r_i - mean_{j != i} r_j, `[replicas]`; 0 for one replica."""
     count = len(rewards)
     if count < 2:
         return np.zeros_like(rewards)
-    return np.asarray(rewards - (rewards.sum(axis=0) - rewards) / (count - 1))
+    return np.asarray(rewards - (rewards.sum() - rewards) / (count - 1))

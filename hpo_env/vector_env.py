@@ -54,7 +54,6 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
         cohort_of: `[num_envs]`, each sub-environment's cohort.
         intervals: `[num_envs]`, intervals finished in the current episode (0 right after a reset).
         tasks: the task of each cohort.
-        loops: the control loop of each cohort, to read only.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # type: ignore[misc]
@@ -88,10 +87,6 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
     @property
     def tasks(self) -> list[Task]:
         return [cohort.task for cohort in self._cohorts]
-
-    @property
-    def loops(self) -> list[ControlLoop]:
-        return [cohort.loop for cohort in self._cohorts]
 
     @property
     def intervals(self) -> NDArray[np.int64]:

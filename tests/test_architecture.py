@@ -20,7 +20,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 }
 """Package -> what it never imports, not even inside a function."""
 
-LEARNING = ("actor_critic", "ppo", "rollout_ppo", "rollouts", "supervised_env", "vec_env")
+LEARNING = ("ppo", "rollout_ppo", "rollouts", "supervised_env", "vec_env")
 """The modules of `agents` that may import stable-baselines3 when they are imported; others do so in functions, if at
 all."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from agents.policy import ControlPolicy, PolicyHeader
 from agents.ppo import HIDDEN, UNSEEN_VARIANCE, Progress, build, export, meta_train
 from agents.presets import MetaTrainingConfig
 from agents.rollouts import RolloutWorkers, Step
-from agents.vec_env import PRIVILEGED, CohortEnv, CohortVecEnv
+from agents.vec_env import CohortEnv, CohortVecEnv
 from hpo_env.env import Variation
 from hpo_env.hyperparameters import CONTROLS
-from hpo_env.observations import FEATURES
 from tests.faults.resume import curves, entries
 from tests.tiny import TINY, TINY_CONFIG
 
@@ -65,6 +64,12 @@ class Quadratics:
         done = self._time == self.HORIZON
         infos = [{"terminal_observation": row} for row in self._observe()] if done else [{}] * self._runs
         return self._begin() if done else self._observe(), rewards, np.full(self._runs, done), infos
+
+    def state_dict(self) -> dict[str, Any]:
+        raise AssertionError("this problem is never interrupted")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        raise AssertionError("this problem is never interrupted")
 
     def _begin(self) -> Array:
         self._time = 0
@@ -309,14 +314,12 @@ def test_export_equals_the_trained_policy() -> None:
     observations = [env.step(rng.uniform(-1, 1, (16, len(CONTROLS))).astype(np.float32))[0] for _ in range(8)]
     seen = np.concatenate([*observations, 50 * observations[0]]).astype(np.float32)  # some beyond the clip
     unseen = model.obs_rms.var < UNSEEN_VARIANCE
-    unseen[-len(PRIVILEGED) :] = True  # the critic's alone
-    assert len(PRIVILEGED) < unseen.sum() < len(unseen) / 2
-    own = len(FEATURES)
-    blind, _ = policy.act(np.where(unseen, 7.0, seen)[:, :own].astype(np.float32))
+    assert 0 < unseen.sum() < len(unseen) / 2
+    blind, _ = policy.act(np.where(unseen, 7.0, seen).astype(np.float32))
     seen = np.where(unseen, model.obs_rms.mean, seen).astype(np.float32)
-    np.testing.assert_array_equal(policy.act(seen[:, :own])[0], blind)
+    np.testing.assert_array_equal(policy.act(seen)[0], blind)
     expected, _ = model.predict(model.actor.normalize(seen).numpy(), deterministic=True)
-    found, _ = policy.act(seen[:, :own])
+    found, _ = policy.act(seen)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert np.abs(found).max() > 0.01
     assert (policy.std != 1).any()

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from hpo_env.actions import apply_offsets
 from hpo_env.base_schedules import BaseRule, calibrated
-from hpo_env.control import ControlLoop, epochs_per_decision
+from hpo_env.control import ControlLoop, Intervals
 from hpo_env.hyperparameters import CONTROLS, Array
 from hpo_env.observations import FEATURES
-from hpo_env.telemetry import combined
 from inner_models.training import Training
 
 from .application import Cohort, Controller, MakeController
@@ -117,10 +116,10 @@ class _Attached:
             given = calibrated(task.optimizer)
             given = replace(given, lr=given.lr * method.lr_factor)
         self._base = given or rule.schedule(cohort.examples, cohort.parameters)
-        self._per_decision = epochs_per_decision(task.horizon)
+        self._intervals = Intervals(task.horizon)
         self._loop = ControlLoop(
             cohort.runs,
-            horizon=-(-task.horizon // self._per_decision),
+            horizon=self._intervals.horizon,
             rule=rule,
             given=given,
             parameters=cohort.parameters,
@@ -132,8 +131,6 @@ class _Attached:
         known = {"val_loss": cohort.initial_loss} if method.initial_loss else {}
         examples = np.full(cohort.runs, float(cohort.examples) if method.examples else np.nan)
         self._loop.restart(range(cohort.runs), known, examples=examples, fixed=[lacking] * cohort.runs)
-        self._interval = 0
-        self._since_decision: list[Mapping[str, Array]] = []
         self._rng = np.random.default_rng(method.sees.seed if isinstance(method.sees, Elsewhere) else 0)
         self._watches = [Watch() for _ in range(cohort.runs)]
         self._snapshots = [cohort.snapshot(run) for run in range(cohort.runs)] if method.guard else []
@@ -148,25 +145,17 @@ class _Attached:
         losses = {name: signals[name] for name in ("train_loss", "val_loss")}
         losses = {name: np.where(np.isfinite(values), values, np.inf) for name, values in losses.items()}
         self._loop.tell_examples(self._cohort.examples)
-        self._since_decision.append({**signals, **losses})
-        self._interval += 1
-        horizon = self._cohort.task.horizon
-        due = self._interval % self._per_decision == 0 or self._interval >= horizon
-        if due:
-            self._loop.record(combined(self._since_decision))
-            self._since_decision = []
+        interval = self._intervals.finish_epoch({**signals, **losses})
+        if interval is not None:
+            self._loop.record(interval)
         if self._method.guard:
             for run, watch in enumerate(self._watches):
                 self._check(run, *watch.check({name: float(values[run]) for name, values in losses.items()}))
-        if self._interval < horizon:
-            if due:
+        if self._intervals.epoch < self._intervals.epochs:
+            if interval is not None:
                 self._decide()
             else:
-                self._set(self._loop.values_at(self._progress))
-
-    @property
-    def _progress(self) -> float:
-        return (self._interval + 0.5) / self._cohort.task.horizon
+                self._set(self._loop.values_at(self._intervals.progress))
 
     def _check(self, run: int, verdict: str | None, improved: bool) -> None:
         if improved:
@@ -174,7 +163,7 @@ class _Attached:
         if verdict:
             self._cohort.restore(run, self._snapshots[run])
             self._loop.scale_lr(run, LOWERED)
-            self.notes[run]["guard"].append(self._interval)
+            self.notes[run]["guard"].append(self._intervals.epoch)
 
     def _decide(self) -> None:
         observations = self._loop.observe()
@@ -183,9 +172,9 @@ class _Attached:
         else:
             actions = self._method.policy.act(self._seen(observations))[0]
         lost = self._method.policy.out_of_depth(observations) & (self._method.acts == "policy")
-        self._set(self._loop.decide(actions, lost, self._progress))
+        self._set(self._loop.decide(actions, lost, self._intervals.progress))
         if self._method.record:
-            base = self._base.values(np.full(self._cohort.runs, self._progress))
+            base = self._base.values(np.full(self._cohort.runs, self._intervals.progress))
             for run, note in enumerate(self.notes):
                 offsets = self._loop.state.offsets[run].tolist()
                 offsets[0] = math.log(self.values["lr"][run] / base["lr"][run])  # what the guard lowered included
@@ -194,18 +183,18 @@ class _Attached:
                 note.setdefault("out_of_depth", []).append(bool(lost[run]))
 
     def _set(self, values: dict[str, Array]) -> None:
-        base = self._base.values(np.full(self._cohort.runs, self._progress))
+        base = self._base.values(np.full(self._cohort.runs, self._intervals.progress))
         self.values = {name: values[name] if name in self._moved else base[name] for name in CONTROLS}
 
     def _seen(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
         sees, method = self._method.sees, self._method
-        if sees == "own" or not self._interval:  # nothing is measured yet
+        if sees == "own" or not self._intervals.epoch:  # nothing is measured yet
             return observations
         if sees == "nothing":
             return np.where(MEASURED, method.policy.mean.numpy(), observations)
         assert isinstance(sees, Elsewhere)
         chosen = [sees.runs[index] for index in self._rng.integers(len(sees.runs), size=self._cohort.runs)]
-        others = np.stack([run[self._interval * len(run) // self._cohort.task.horizon] for run in chosen])
+        others = np.stack([run[self._intervals.epoch * len(run) // self._cohort.task.horizon] for run in chosen])
         return np.where(MEASURED, others, observations)
 
 

@@ -5,25 +5,29 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import operator
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, SupportsIndex
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hpo_env.base_schedules import BaseSchedule
-from hpo_env.control import ControlLoop, epochs_per_decision
+from hpo_env.control import ControlLoop, Intervals
 from hpo_env.hyperparameters import CONTROLS, Array, Binding, HasBatchSize
-from hpo_env.telemetry import combined
-from inner_models.names import unknown
 from inner_models.sampling import BatchSampler
-from inner_models.signals import GradientMeter
 
+from .arguments import check_run, chosen, count, real, warn_of_misfits
+from .batch_size import BatchSize
 from .files import ScalarWriter
-from .policy import ControlPolicy, PolicyError
-from .watch import LOWERED, Watch
+from .guard import Guard
+from .policy import ControlPolicy
+from .tolerance import Notices, TolerantMeter
+from .tuner_state import VERSION
+from .tuner_state import check as check_state
+from .watch import LOWERED
 
 PRETRAINED = "pretrained.safetensors"
 
@@ -31,24 +35,6 @@ ASSUMED_BATCH = 32
 """Examples that an optimizer step is taken to use where neither epochs nor batches are known in examples."""
 
 _log = logging.getLogger("hyperpilot")
-
-
-class _BatchSize:
-    """The batch size in use; the run's samplers follow it."""
-
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self.samplers: list[HasBatchSize] = []
-
-    @property
-    def batch_size(self) -> int:
-        return self._batch_size
-
-    @batch_size.setter
-    def batch_size(self, value: int) -> None:
-        self._batch_size = value
-        for sampler in self.samplers:
-            sampler.batch_size = value
 
 
 class Tuner:
@@ -74,7 +60,8 @@ class Tuner:
         initial_loss: validation loss before training, if known: a signal like any other.
         signals: names of the losses that the run will give to `step`.
         guard: when the run diverges (a loss that is not finite, or far above the run's best), restore the best
-            snapshot and lower the learning rate to a quarter. Keeps one copy of the model's and optimizer's state.
+            snapshot and lower the learning rate to a quarter. Keeps one copy of the model's and optimizer's state. The
+            first time is logged as a warning, later ones at the level DEBUG.
         writer: a TensorBoard `SummaryWriter` (or anything with `add_scalar`) for losses and controls.
 
     Attributes:
@@ -109,72 +96,50 @@ class Tuner:
         guard: bool = True,
         writer: ScalarWriter | None = None,
     ) -> None:
-        if total_epochs < 1:
-            raise ValueError(f"total_epochs must be at least 1, not {total_epochs}")
+        total_epochs = count("total_epochs", total_epochs)
         if start not in ("policy", "given"):
             raise ValueError(f"start must be 'policy' or 'given', not {start!r}")
+        max_factor = real("max_factor", max_factor)
         if not max_factor > 1:
             raise ValueError(f"max_factor must be above 1, not {max_factor}")
-        if examples_per_epoch is not None and examples_per_epoch < 1:
-            raise ValueError(f"examples_per_epoch must be at least 1, not {examples_per_epoch}")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        if any("initial_lr" in group for group in optimizer.param_groups):
-            _log.warning("a learning rate scheduler is attached to this optimizer; remove it: the tuner sets lr")
-        if start == "policy" and not isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):
-            _log.warning(
-                "the policy knows AdamW and SGD; with %s its learning rates may not fit: consider start='given'",
-                type(optimizer).__name__,
-            )
-        missing = [name for name in policy.header.required_signals if name not in signals]
-        if missing:
-            raise PolicyError(
-                f"this policy needs {' and '.join(missing)} at every step, which this run does not give "
-                f"(signals={tuple(signals)}); use a policy trained without"
-            )
-        shortest, _ = policy.header.trained_ranges.get("horizons", (1, math.inf))
-        if total_epochs < shortest:
-            _log.warning("this policy was trained on runs of %g epochs or more, not %d", shortest, total_epochs)
+        examples = None if examples_per_epoch is None else count("examples_per_epoch", examples_per_epoch)
+        self._batch_size = None if batch_size is None else BatchSize(count("batch_size", batch_size))
+        check_run(policy, optimizer, signals)
+        self._notices = Notices()
+        known = {} if initial_loss is None else {"val_loss": real("initial_loss", initial_loss)}
+        if not all(map(math.isfinite, known.values())):
+            self._notices.tell("initial", "initial_loss=%g is taken as not known", known.pop("val_loss"))
+        warn_of_misfits(policy, optimizer, total_epochs, start)
         self.policy, self.total_epochs = policy, total_epochs
-        self._required = policy.header.required_signals
         self._optimizer, self._model, self._writer = optimizer, model, writer
-        self._batch_size = None if batch_size is None else _BatchSize(batch_size)
         self._binding = Binding(optimizer, model, self._batch_size)
         sgd = isinstance(optimizer, torch.optim.SGD)
         given = {"batch_size": 1.0, "weight_decay": 0.0, "dropout": 0.0, **self._binding.read()}
-        self._per_decision = epochs_per_decision(total_epochs)
+        self._intervals = Intervals(total_epochs)
         self._loop = ControlLoop(
             1,
-            horizon=-(-total_epochs // self._per_decision),
+            horizon=self._intervals.horizon,
             rule=policy.header.base_rule("sgd" if sgd else "adamw"),
             given=BaseSchedule(**given) if start == "given" else None,
             parameters=sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad),
             momentum_sgd=sgd,
             max_factor=max_factor if start == "given" else math.inf,
         )
-        self._controls = _chosen(controls, self._binding.available)
-        lacking = {name: 0.0 for name in CONTROLS if name not in self._controls}
-        known = {} if initial_loss is None else {"val_loss": np.array([_number("initial_loss", initial_loss)])}
-        self._loop.restart([0], known, fixed=[lacking])
-        self._meter = GradientMeter(optimizer)
-        self._settings: dict[str, Any] = {
-            "total_epochs": total_epochs,
-            "start": start,
-            "max_factor": max_factor,
-            "controls": list(self._controls),
-        }
-        self._guard = _Guard(model, optimizer) if guard and model is not None else None
+        self._controls = moved = chosen(controls, self._binding.available)
+        lacking = {name: 0.0 for name in CONTROLS if name not in moved}
+        self._loop.restart([0], {name: np.array([value]) for name, value in known.items()}, fixed=[lacking])
+        self._settings: dict[str, Any] = {"total_epochs": total_epochs, "start": start, "max_factor": max_factor}
+        self._settings["controls"] = ", ".join(moved)
+        self._guard = Guard(model, optimizer, self._notices) if guard and model is not None else None
         if self._guard and known:
-            self._guard.check({"val_loss": float(known["val_loss"][0])})
+            self._guard.check(0, known)
+        self._meter = TolerantMeter(optimizer, self._notices)
         self._policy_state: Any = None
-        self._epoch = 0
-        self._since_decision: list[dict[str, Array]] = []
-        self._warned = False
         self._verdict: str | None = None
         self.history: list[dict[str, Any]] = []
-        if examples_per_epoch is not None:
-            self._loop.tell_examples(float(examples_per_epoch * total_epochs))
-        self._decide({name: float(value[0]) for name, value in known.items()}, None)
+        if examples is not None:
+            self._loop.tell_examples(float(examples * total_epochs))
+        self._decide(known, None)
 
     @classmethod
     def load(cls, path: Path | str, optimizer: torch.optim.Optimizer, **arguments: Any) -> Self:
@@ -198,54 +163,48 @@ class Tuner:
     @property
     def epoch(self) -> int:
         """Epochs finished."""
-        return self._epoch
+        return self._intervals.epoch
 
-    def step(self, *, train_loss: float | Tensor, val_loss: float | Tensor | None = None) -> dict[str, float]:
+    def step(self, *, train_loss: float | Tensor | None, val_loss: float | Tensor | None = None) -> dict[str, float]:
         """Call at the end of every epoch. Sets the hyperparameters for the next one and returns them.
 
-        Losses may be numbers or one-element tensors. One that is not finite is a divergence, not an error.
+        Losses may be numbers or one-element tensors. What a run can bring about ends no run, and each kind of it is
+        logged once: a loss that is not finite is a divergence; one that is None (validation comes late, or not in every
+        epoch) counts as not measured.
 
         Raises:
-            ValueError: a loss that the policy needs is missing or not a number.
+            ValueError: a loss is neither a number nor None; nothing has changed then.
         """
-        losses = {"train_loss": train_loss, "val_loss": val_loss}
-        missing = [name for name in self._required if losses.get(name) is None]
+        told = {"train_loss": train_loss, "val_loss": val_loss}
+        losses = {name: real(name, value) for name, value in told.items() if value is not None}
+        losses = {name: value if math.isfinite(value) else math.inf for name, value in losses.items()}
+        missing = [name for name in self.policy.header.required_signals if name not in losses]
         if missing:
-            raise ValueError(f"this policy needs {' and '.join(missing)} at every step: pass {missing[0]}=...")
-        signals = {name: _number(name, value) for name, value in losses.items() if value is not None}
-        signals = {name: value if math.isfinite(value) else math.inf for name, value in signals.items()}
-        self._write("inner", signals, self.epoch + 1)
-        self._write("control", {name: self.hyperparameters[name] for name in self._controls}, self.epoch + 1)
+            self._notices.tell("missing", "epoch %d: %s not measured", self.epoch + 1, " and ".join(missing))
+        self._write(losses)
         batch = self._batch_size.batch_size if self._batch_size else ASSUMED_BATCH
         if self._meter.steps:
             self._loop.tell_examples(float(self._meter.steps * batch * self.total_epochs))
-        self._since_decision.append({k: np.array([v]) for k, v in {**self._meter.finish(), **signals}.items()})
-        self._epoch += 1
-        due = self._epoch % self._per_decision == 0 or self._epoch >= self.total_epochs
-        if due:
-            self._loop.record(combined(self._since_decision))
-            self._since_decision = []
-        verdict = self._guard.check(signals) if self._guard else None
-        if verdict and self._guard:
-            self._guard.restore()
-            self._loop.scale_lr(0, LOWERED)
-            self._meter.begin()
-            _log.warning("epoch %d: %s; restored the best snapshot and lowered lr to a quarter", self.epoch, verdict)
+        signals = {name: np.array([value]) for name, value in {**self._meter.finish(), **losses}.items()}
+        interval = self._intervals.finish_epoch(signals)
+        if interval is not None:
+            self._loop.record(interval)
+        verdict = self._guarded(losses)
         if self.epoch < self.total_epochs:
             self._verdict = verdict or self._verdict
-            if due:
-                self._decide(signals, self._verdict)
+            if interval is not None:
+                self._decide(losses, self._verdict)
                 self._verdict = None
             else:
-                self._apply(self._loop.values_at(self._progress))
+                self._apply(self._loop.values_at(self._intervals.progress))
         elif verdict:
             self._binding.write({"lr": self.hyperparameters["lr"] * LOWERED})
-        if self.epoch == self.total_epochs + 1:
-            _log.warning("more epochs than total_epochs=%d: values stay as they are", self.total_epochs)
+        if self.epoch > self.total_epochs:
+            self._notices.tell("over", "more epochs than total_epochs=%d: values stay as they are", self.total_epochs)
         return self.hyperparameters
 
     def batch_sampler(
-        self, data: Sized | int, *, seed: int | np.random.Generator = 0, drop_last: bool = False
+        self, data: Sized | SupportsIndex, *, seed: int | np.random.Generator = 0, drop_last: bool = False
     ) -> BatchSampler:
         """A batch sampler for `DataLoader(data, batch_sampler=...)` whose batches have the size in use.
 
@@ -257,10 +216,10 @@ class Tuner:
         Raises:
             ValueError: the tuner was made without `batch_size`.
         """
-        rows = data if isinstance(data, int) else len(data)
+        rows = len(data) if isinstance(data, Sized) else operator.index(data)
         sampler = BatchSampler(rows, 1, np.random.default_rng(seed), drop_last=drop_last)
         self.follow(sampler)
-        if not self._epoch and self._loop.tell_examples(float(rows * self.total_epochs)):
+        if not self.epoch and self._loop.tell_examples(float(rows * self.total_epochs)):
             self._loop.take_back()
             self._policy_state = None
             self._decide(self.history.pop()["signals"], None)  # the first decision, with the length known
@@ -274,72 +233,91 @@ class Tuner:
         """
         if self._batch_size is None:
             raise ValueError("the tuner was made without batch_size=..., so it does not control the batch size")
-        sampler.batch_size = self._batch_size.batch_size
-        self._batch_size.samplers.append(sampler)
+        self._batch_size.follow(sampler)
 
     def state_dict(self) -> dict[str, Any]:
         """State to put in the run's own checkpoint (tensors and plain values, the guard's snapshot included)."""
-        return {
-            "loop": self._loop.state_dict(),
-            "given": self._loop.given.to_dict() if self._loop.given else None,
-            "epoch": self._epoch,
-            "verdict": self._verdict,
-            "since_decision": [{n: float(v[0]) for n, v in part.items()} for part in self._since_decision],
-            "hyperparameters": self.hyperparameters,
-            "history": copy.deepcopy(self.history),
-            "settings": dict(self._settings),
-            "samplers": [s.generator.bit_generator.state for s in self._samplers()],
-            "guard": self._guard.state_dict() if self._guard else None,
-        }
+        return {**self._outline(), "guard": self._guard.state_dict() if self._guard else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint. Load the model's and the optimizer's state, and make the batch samplers, first.
+        """Go on from a checkpoint, exactly if it was taken between epochs. Load the model's and the optimizer's state,
+        and make the batch samplers, first.
 
         Raises:
-            ValueError: the state is that of a tuner made with other arguments.
+            ValueError: the state is damaged, of another version, or of a tuner made with other arguments; the tuner is
+                then as it was.
         """
-        for name, value in self._settings.items():
-            if state["settings"][name] != value:
-                raise ValueError(f"the state is of a run with {name}={state['settings'][name]!r}, not {value!r}")
-        for sampler, generator in zip(self._samplers(), state["samplers"], strict=False):
-            sampler.generator.bit_generator.state = generator
-        self._loop.given = BaseSchedule(**state["given"]) if state["given"] else None
-        self._loop.load_state_dict(state["loop"])
-        self._epoch, self._verdict = int(state["epoch"]), state["verdict"]
-        self._since_decision = [{n: np.array([v]) for n, v in part.items()} for part in state["since_decision"]]
-        self._binding.write(state["hyperparameters"])
-        self.history = copy.deepcopy(list(state["history"]))
-        if self._guard and self._model is not None:
-            self._guard = _Guard(self._model, self._optimizer)  # of the weights just loaded
-            if state["guard"]:
-                self._guard.load_state_dict(state["guard"])
-        self._meter.begin()
+        try:
+            self._load(state)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"the tuner's state cannot be used: {str(error) or type(error).__name__}") from error
 
-    def _samplers(self) -> list[BatchSampler]:
-        followers = self._batch_size.samplers if self._batch_size else []
-        return [sampler for sampler in followers if isinstance(sampler, BatchSampler)]
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """All that can fail comes before anything is changed."""
+        check_state(state, self._outline())
+        guard = None
+        if self._guard and self._model is not None:
+            guard = Guard(self._model, self._optimizer, self._notices)  # of the weights just loaded
+            if state["guard"]:
+                guard.load_state_dict(state["guard"])
+        intervals = Intervals(self.total_epochs)
+        intervals.load_state_dict(state["intervals"])
+        if self._batch_size:
+            self._batch_size.check(state["samplers"])
+        self._loop.load_state_dict(state["loop"])  # all of it or nothing; what follows cannot fail
+        if self._batch_size:
+            self._batch_size.load_state_dict(state["samplers"])
+        self._intervals, self._guard = intervals, guard
+        self._verdict = state["verdict"]
+        self._binding.shares = copy.deepcopy(state["shares"])
+        self._binding.write(state["hyperparameters"])
+        self.history = copy.deepcopy(state["history"])
+        self._meter.begin()
+        if state["policy"] != self.policy.digest:
+            self._notices.tell("policy", "the state is of a run with another policy; from now on this one decides")
+
+    def _outline(self) -> dict[str, Any]:
+        """The state without the guard's, which is as large as the model's."""
+        return {
+            "version": VERSION,
+            "settings": dict(self._settings),
+            "policy": self.policy.digest,
+            "intervals": self._intervals.state_dict(),
+            "loop": self._loop.state_dict(),
+            "verdict": self._verdict,
+            "hyperparameters": self.hyperparameters,
+            "shares": copy.deepcopy(self._binding.shares),
+            "history": copy.deepcopy(self.history),
+            "samplers": self._batch_size.state_dict() if self._batch_size else [],
+        }
 
     def close(self) -> None:
         """Take the measuring hook off the optimizer."""
         self._meter.close()
 
-    @property
-    def _progress(self) -> float:
-        """Where the middle of the coming epoch lies, 0..1 of the run."""
-        return (self._epoch + 0.5) / self.total_epochs
+    def _guarded(self, losses: Mapping[str, float]) -> str | None:
+        """Have the guard look at an epoch's losses. Returns what is wrong with the run, if anything."""
+        broken = [name for name, value in losses.items() if not math.isfinite(value)]
+        if self._guard is None and broken:
+            self._notices.tell("losses", "epoch %d: %s not finite", self.epoch, " and ".join(broken))
+        verdict = self._guard.check(self.epoch, losses) if self._guard and losses else None
+        if verdict:
+            self._loop.scale_lr(0, LOWERED)
+            self._meter.begin()
+        return verdict
 
     def _decide(self, signals: dict[str, float], guard: str | None) -> None:
         observation = self._loop.observe()
         action, self._policy_state = self.policy.act(observation, self._policy_state)
         lost = self.policy.out_of_depth(observation)
-        if lost[0] and not self._warned:
-            self._warned = True
-            _log.warning(
+        if lost[0]:
+            self._notices.tell(
+                "depth",
                 "epoch %d: this run looks unlike any that the policy was trained on; the base schedule takes over "
                 "where it does",
                 self.epoch,
             )
-        chosen = self._apply(self._loop.decide(action, lost, self._progress))
+        chosen = self._apply(self._loop.decide(action, lost, self._intervals.progress))
         self.history.append(
             {
                 "epoch": self.epoch,
@@ -357,83 +335,14 @@ class Tuner:
         self._binding.write(chosen)
         return chosen
 
-    def _write(self, group: str, values: Mapping[str, float], epoch: int) -> None:
+    def _write(self, losses: Mapping[str, float]) -> None:
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{group}/{name}", value, epoch)
+            values = {f"control/{name}": self.hyperparameters[name] for name in self._controls}
+            with self._notices.surviving("writing to TensorBoard"):
+                for tag, value in {**{f"inner/{name}": loss for name, loss in losses.items()}, **values}.items():
+                    self._writer.add_scalar(tag, value, self.epoch + 1)
 
 
 def pretrained_path() -> Path:
     """Where the policy that ships with the package lies."""
     return Path(__file__).with_name(PRETRAINED)
-
-
-class _Guard:
-    """Notices divergence and keeps the best snapshot, in main memory."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._model, self._optimizer = model, optimizer
-        self._watch = Watch()
-        self._snapshot: dict[str, Any] = {}
-        self._take()
-
-    def check(self, signals: Mapping[str, float]) -> str | None:
-        """What is wrong with the run, if anything; otherwise a new best loss is remembered with its state."""
-        verdict, improved = self._watch.check(signals)
-        if improved:
-            self._take()
-        return verdict
-
-    def restore(self) -> None:
-        self._model.load_state_dict(self._snapshot["model"])
-        kept = [
-            {key: value for key, value in group.items() if key != "params"} for group in self._optimizer.param_groups
-        ]
-        if len(kept) == len(self._snapshot["optimizer"]["param_groups"]):  # else groups came since: no state fits them
-            self._optimizer.load_state_dict(copy.deepcopy(self._snapshot["optimizer"]))
-            for group, values in zip(self._optimizer.param_groups, kept, strict=True):
-                group.update(values)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**self._watch.state_dict(), "snapshot": _copied(self._snapshot)}
-
-    @torch.inference_mode(False)
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._watch.load_state_dict(state)
-        self._snapshot = _copied(state["snapshot"])  # not the caller's own: the next best overwrites it
-
-    @torch.inference_mode(False)  # a tensor made in that mode could not be overwritten outside of it
-    def _take(self) -> None:
-        state = {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
-        self._snapshot = _copied(state, self._snapshot)
-
-
-def _copied(state: Any, into: Any = None) -> Any:
-    """A copy of a state dict, its tensors in main memory: in those of `into`, an earlier copy, wherever they fit."""
-    if isinstance(state, Tensor):
-        fits = isinstance(into, Tensor) and (into.shape, into.dtype) == (state.shape, state.dtype)
-        return into.copy_(state.detach()) if fits else state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        known = into if isinstance(into, dict) else {}
-        return {key: _copied(value, known.get(key)) for key, value in state.items()}
-    if isinstance(state, list):
-        known = dict(enumerate(into)) if isinstance(into, list) else {}
-        return [_copied(value, known.get(index)) for index, value in enumerate(state)]
-    return copy.deepcopy(state)
-
-
-def _chosen(controls: Sequence[str] | None, available: Sequence[str]) -> tuple[str, ...]:
-    """The controls that the policy may move."""
-    if controls is None:
-        return tuple(available)
-    for name in controls:
-        if name not in available:
-            raise ValueError(unknown("control", name, available))
-    return tuple(name for name in available if name in controls)
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value.detach() if isinstance(value, Tensor) else value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several elements
-        raise ValueError(f"{name} must be a number, not {value!r}") from None

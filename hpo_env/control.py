@@ -6,22 +6,37 @@ The environments and the tuner share this one class; it is what makes a policy t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hpo_env.actions import apply_offsets, move
 from hpo_env.base_schedules import BaseRule, BaseSchedule, shape
 from hpo_env.hyperparameters import CONTROLS, Array
 from hpo_env.observations import RunState, observe
-from hpo_env.telemetry import Telemetry
+from hpo_env.telemetry import Telemetry, combined
 from inner_models.signals import SIGNALS
 
 _INDEX = {name: index for index, name in enumerate(CONTROLS)}
 
+
+_LARGEST = 1e9
+"""No value that anybody gives is larger."""
+
+_PLAUSIBLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "offsets": torch.isfinite,
+    "actions": lambda x: x.abs() <= 1,
+    "values": lambda x: torch.isfinite(x) & (x >= 0),
+    "examples": lambda x: torch.isnan(x) | (x > 0),
+    "shifts": torch.isfinite,
+    "lr_scale": lambda x: (x >= 0) & (x <= 1),
+    "interval": lambda x: x >= 0,
+}
+"""What the tensors of a loop's state may hold; histories hold anything."""
 
 MAX_DECISIONS = 64
 """Decisions in a run, at most: the features of a longer run then look like those that a policy was trained on."""
@@ -30,6 +45,63 @@ MAX_DECISIONS = 64
 def epochs_per_decision(epochs: int) -> int:
     """How many epochs make an interval in a run of `epochs`."""
     return -(-epochs // MAX_DECISIONS)
+
+
+class Intervals:
+    """Gathers the epochs of a run into the intervals between decisions.
+
+    Args:
+        epochs: epochs in the run. It may go on for longer: a decision is then due after each.
+
+    Attributes:
+        horizon: intervals in the run.
+        epoch: epochs finished.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs, self.epoch = epochs, 0
+        self._per_decision = epochs_per_decision(epochs)
+        self.horizon = -(-epochs // self._per_decision)
+        self._parts: list[Mapping[str, Array]] = []
+
+    @property
+    def progress(self) -> float:
+        """Where the middle of the coming epoch lies, 0..1 of the run."""
+        return (self.epoch + 0.5) / self.epochs
+
+    def finish_epoch(self, signals: Mapping[str, Array]) -> dict[str, Array] | None:
+        """Take in an epoch's signals, `[runs]` each. Returns those of the interval, if the epoch ends one."""
+        self._parts.append(signals)
+        self.epoch += 1
+        if not self._is_over(self.epoch):
+            return None
+        finished, self._parts = combined(self._parts), []
+        return finished
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes over a run, as plain values."""
+        parts = [{name: values.tolist() for name, values in part.items()} for part in self._parts]
+        return {"epoch": self.epoch, "parts": parts}
+
+    def load_state_dict(self, state: Mapping[str, Any], runs: int = 1) -> None:
+        """Go on from `state_dict()`.
+
+        Raises:
+            ValueError: it is not one of `runs` runs of as many epochs; everything stays as it was.
+        """
+        epoch = state["epoch"]
+        parts = [{name: np.array(values, np.float64) for name, values in part.items()} for part in state["parts"]]
+        if type(epoch) is not int or epoch < 0:
+            raise ValueError(f"epoch must be a whole number, not {epoch!r}")
+        if len(parts) != (0 if self._is_over(epoch) else epoch % self._per_decision):
+            raise ValueError(f"epoch {epoch} does not come with the signals of {len(parts)} epochs")
+        if any(name not in SIGNALS or values.shape != (runs,) for part in parts for name, values in part.items()):
+            raise ValueError("the signals since the last decision are not those of this run")
+        self.epoch, self._parts = epoch, list(parts)
+
+    def _is_over(self, epoch: int) -> bool:
+        """Whether an interval ends with the `epoch`-th epoch."""
+        return epoch % self._per_decision == 0 or epoch >= self.epochs
 
 
 class ControlLoop:
@@ -157,7 +229,7 @@ class ControlLoop:
         self.state.telemetry.record(signals)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes over a run, as tensors."""
+        """What is given, and all that changes over a run, as tensors."""
         arrays = {
             "offsets": self.state.offsets,
             "actions": self.state.actions,
@@ -168,13 +240,36 @@ class ControlLoop:
             "interval": self.state.telemetry.interval,
             **{f"history/{name}": self.state.telemetry.past(name) for name in SIGNALS},
         }
-        return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        given = self.given.to_dict() if self.given else None
+        return {"given": given, **{name: torch.from_numpy(array.copy()) for name, array in arrays.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()` of a loop made with the same arguments."""
-        arrays = {name: tensor.cpu().numpy().copy() for name, tensor in state.items()}
-        if arrays["offsets"].shape != self.state.offsets.shape:
-            raise ValueError(f"the state is one of {len(arrays['offsets'])} runs, not {len(self.state.offsets)}")
+        """Go on from `state_dict()` of a loop made with the same arguments; what it was given counts, not what this one
+        was.
+
+        Raises:
+            ValueError, TypeError, AttributeError: it is not one, or it is damaged; the loop is as it was.
+        """
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            raise ValueError(f"the loop's state lacks or has too many of {', '.join(state.keys() ^ own.keys())[:200]}")
+        if (state["given"] is None) != (self.given is None):
+            raise ValueError("the loop's state is of a run that was given values, or of one that was not")
+        given = BaseSchedule(**{n: float(v) for n, v in state["given"].items()}) if self.given else None
+        if given and max(given.to_dict().values()) > _LARGEST:
+            raise ValueError(f"the loop's state is damaged: {given}")
+        longest = int(state["interval"].max())  # of a run that has outlasted its length: so has its history
+        columns = max(self.state.telemetry.horizon.max(), longest, state["history/train_loss"].shape[-1] - 1) + 1
+        tensors = {name: tensor for name, tensor in state.items() if name != "given"}
+        for name, tensor in tensors.items():
+            history, mine = name.startswith("history/"), own[name]
+            shape = (len(mine), columns) if history else tuple(mine.shape)
+            if (tensor.dtype, tuple(tensor.shape)) != (mine.dtype, shape):
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {mine.dtype} {shape}")
+            if not history and not _PLAUSIBLE[name](tensor).all():
+                raise ValueError(f"{name} is damaged: {tensor.tolist()}")
+        arrays = {name: tensor.cpu().numpy().copy() for name, tensor in tensors.items()}
+        self.given = given
         self.state.offsets, self.state.actions = arrays["offsets"], arrays["actions"]
         self.state.examples, self._shifts = arrays["examples"], arrays["shifts"]
         self._lr_scale = arrays["lr_scale"]

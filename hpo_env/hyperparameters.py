@@ -118,6 +118,7 @@ class Binding:
 
     Attributes:
         available: names of the controls that this run has.
+        shares: for each control, every group's (or dropout layer's) share of the largest value.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Binding:
         self._optimizer = optimizer
         self._batch_sampler = batch_sampler
         self._dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)] if model else []
-        self._shares = {
+        self.shares = {
             "lr": _shares([float(group["lr"]) for group in self._groups]),
             "weight_decay": _shares([float(group.get("weight_decay", 0.0)) for group in self._groups]),
             "dropout": _shares([module.p for module in self._dropouts]),
@@ -167,12 +168,10 @@ class Binding:
                 assert self._batch_sampler is not None
                 self._batch_sampler.batch_size = int(value)
             elif name == "dropout":
-                for module, share in zip(self._dropouts, self._shares[name], strict=True):
+                for module, share in zip(self._dropouts, self.shares[name], strict=True):
                     module.p = value * share
             else:
-                shares = self._shares[name] + [1.0] * (
-                    len(self._groups) - len(self._shares[name])
-                )  # groups added later
+                shares = self.shares[name] + [1.0] * (len(self._groups) - len(self.shares[name]))  # groups added later
                 for group, share in zip(self._groups, shares, strict=True):
                     _set(group, name, value * share)
 

@@ -15,18 +15,20 @@ _INDEX = {name: index for index, name in enumerate(SIGNALS)}
 
 def combined(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     """The signals of consecutive epochs, `[runs]` each, as those of one interval: the last validation loss there is,
-    the means of the others, and for `update_ratio` the distance that a random walk of these steps would cover."""
+    the means of the others, and for `update_ratio` the distance that a random walk of these steps would cover. What is
+    too large to add up becomes infinite."""
     if len(parts) == 1:
         return dict(parts[0])
     found = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         column = np.array([part[name] for part in parts if name in part])
-        if name == "val_loss":
-            found[name] = column[-1]
-        elif name == "update_ratio":
-            found[name] = np.sqrt(np.square(column).sum(axis=0))
-        else:
-            found[name] = column.mean(axis=0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if name == "val_loss":
+                found[name] = column[-1]
+            elif name == "update_ratio":
+                found[name] = np.sqrt(np.square(column).sum(axis=0))
+            else:
+                found[name] = column.mean(axis=0)
     return found
 
 

@@ -18,7 +18,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from agents.ppo import build, meta_train
 from agents.presets import MetaTrainingConfig
-from agents.rollouts import RolloutPPO
+from agents.rollout_ppo import RolloutPPO
 from agents.vec_env import CohortVecEnv
 from inner_models.batched_training import BatchedTraining
 from inner_models.models import ModelSpec

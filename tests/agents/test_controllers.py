@@ -260,6 +260,7 @@ FAST = {"lr": 1.0, "warmup": 0.3}
 def test_the_guard_acts_the_same(
     task: Task, lr: float, initial_loss: bool, acts: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("DEBUG", "hyperpilot")  # at which every act is logged, not the first alone
     policy, tuners = always(0.0), list[Tuner]()
     factor = lr / calibrated("sgd").lr
     method = WithPolicy(policy, initial_loss=initial_loss, start="given", lr_factor=factor, record=True)

@@ -24,7 +24,7 @@ from agents import ControlPolicy, PolicyError, Tuner
 from agents.tuner import PRETRAINED
 from hpo_env.hyperparameters import CONTROLS
 from hpo_env.observations import HIGH, LOW
-from inner_models.signals import MEASURE_EVERY
+from inner_models.signals import MEASURE_EVERY, GradientMeter
 from tests.tiny import random_policy
 from tests.user_runs import (
     BASE,
@@ -173,20 +173,21 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_nothing_is_read_between_decisions(name: str) -> None:
+def test_nothing_is_read_between_decisions(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """Tensors on the meta device have no values: reading or moving one, which would synchronize a GPU, is an error."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to("meta")
     optimizer = OPTIMIZERS[name](model.parameters())
     tuner = Tuner(random_policy(), optimizer, model=model, total_epochs=3, guard=False)
     optimizer_steps(model, optimizer)
     assert [products.is_meta for products in tuner._meter._products] == [True] * 3
-    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        tuner.step(train_loss=1.0, val_loss=1.0)
+    assert not caplog.records  # a failure to measure would have been logged
+    tuner.step(train_loss=1.0, val_loss=1.0)
+    assert "meta" in caplog.text
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_no_synchronization_between_decisions_on_cuda(name: str) -> None:
+def test_no_synchronization_between_decisions_on_cuda(name: str, caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).cuda()
     optimizer = OPTIMIZERS[name](model.parameters())
     tuner = Tuner(random_policy(), optimizer, model=model, total_epochs=3)
@@ -196,8 +197,9 @@ def test_no_synchronization_between_decisions_on_cuda(name: str) -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
             optimizer_steps(model, optimizer)
+            assert not caplog.records  # a failure to measure would have been logged
             with pytest.raises(RuntimeError, match="synchroniz"):
-                tuner._meter.finish()
+                GradientMeter.finish(tuner._meter)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -296,10 +298,6 @@ def test_a_signal_that_the_run_does_not_have() -> None:
     run = Loop()
     with pytest.raises(PolicyError, match="needs val_loss at every step"):
         Tuner(random_policy(), run.optimizer, total_epochs=EPOCHS, signals=("train_loss",))
-    tuner = Tuner(random_policy(), run.optimizer, total_epochs=EPOCHS)
-    with pytest.raises(ValueError, match="needs val_loss at every step: pass val_loss="):
-        tuner.step(train_loss=1.0)
-    assert tuner.epoch == 0
 
 
 def test_a_policy_that_needs_no_validation() -> None:
@@ -422,7 +420,7 @@ def test_without_a_guard_weights_stay_as_they_are(caplog: pytest.LogCaptureFixtu
     tuner.step(train_loss=math.nan, val_loss=math.nan)
     assert equal(run.weights(), broken)
     assert tuner.hyperparameters["lr"] == pytest.approx(base_lr(1))
-    assert not caplog.records
+    assert caplog.messages == ["epoch 1: train_loss and val_loss not finite"]
 
 
 @pytest.mark.parametrize(
@@ -690,7 +688,9 @@ def test_a_checkpoint_is_a_copy(loaded: bool) -> None:
         tuner.step(train_loss=1.0, val_loss=math.nan if epoch == 3 else run.epoch(epoch)[1])
     assert repr(state["history"]) == repr(before["history"])
     assert all(
-        torch.equal(value, before["loop"][name]) for name, value in state["loop"].items() if value.isfinite().all()
+        torch.equal(value, before["loop"][name])
+        for name, value in state["loop"].items()
+        if name != "given" and value.isfinite().all()
     )
     snapshot, earlier = state["guard"]["snapshot"], before["guard"]["snapshot"]
     for name, value in snapshot["model"].items():

@@ -211,7 +211,7 @@ def test_continuation_from_within_a_stretch(start: Any, epochs: int, diverging_a
     train(whole, whole_tuner, range(epochs))
     state = {"model": whole.model.state_dict(), "optimizer": whole.optimizer.state_dict()}
     saved = through_a_file({**state, "tuner": whole_tuner.state_dict()})
-    assert len(saved["tuner"]["since_decision"]) == epochs - 3
+    assert len(saved["tuner"]["intervals"]["parts"]) == epochs - 3
     expected = train(whole, whole_tuner, range(epochs, 11))
 
     resumed = Loop(seed=99)
@@ -232,12 +232,12 @@ def test_a_checkpoint_from_within_a_stretch_is_a_copy() -> None:
     for _ in range(4):
         tuner.step(train_loss=1.0, val_loss=1.0)
     state = tuner.state_dict()
-    before = copy.deepcopy(state["since_decision"])
+    before = copy.deepcopy(state["intervals"])
     tuner.step(train_loss=2.0, val_loss=2.0)
-    assert repr(state["since_decision"]) == repr(before)
+    assert repr(state["intervals"]) == repr(before)
     tuner.load_state_dict(state)
     tuner.step(train_loss=3.0, val_loss=3.0)
-    assert repr(state["since_decision"]) == repr(before)
+    assert repr(state["intervals"]) == repr(before)
 
 
 # -- length ------------------------------------------------------------------------------------------------------------

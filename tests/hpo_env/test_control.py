@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
@@ -13,10 +12,11 @@ from numpy.typing import NDArray
 
 from hpo_env.actions import RANGES
 from hpo_env.base_schedules import BaseRule, BaseSchedule
-from hpo_env.control import MAX_DECISIONS, ControlLoop, epochs_per_decision
+from hpo_env.control import MAX_DECISIONS, ControlLoop, Intervals, epochs_per_decision
 from hpo_env.hyperparameters import CONTROLS
 from hpo_env.observations import FEATURES
 from tests.rules import RULES, flat
+from tests.user_runs import through_a_file
 
 BASE = BaseSchedule(lr=0.004, batch_size=32, weight_decay=0.1, dropout=0.1, warmup=0.1)
 RULE = RULES["adamw"]
@@ -120,6 +120,61 @@ def test_there_are_never_more_decisions_than_the_policy_knows() -> None:
         per_decision = epochs_per_decision(epochs)
         assert math.ceil(epochs / per_decision) <= MAX_DECISIONS
         assert per_decision == 1 or math.ceil(epochs / (per_decision - 1)) > MAX_DECISIONS  # and none too few
+
+
+@pytest.mark.parametrize("epochs", [1, 64, 65, 130, 200])
+def test_epochs_make_intervals(epochs: int) -> None:
+    """Of as many epochs each, but for the last one; a run that goes on has one after every epoch."""
+    intervals, per_decision, ended = Intervals(epochs), epochs_per_decision(epochs), list[int]()
+    assert intervals.horizon == math.ceil(epochs / per_decision)
+    for epoch in range(epochs + 3):
+        assert intervals.epoch == epoch
+        assert intervals.progress == (epoch + 0.5) / epochs
+        found = intervals.finish_epoch({"train_loss": np.array([float(epoch)]), "val_loss": np.array([float(epoch)])})
+        if found is not None:
+            first = ended[-1] + 1 if ended else 0
+            assert found["train_loss"] == np.mean(range(first, epoch + 1))
+            assert found["val_loss"] == epoch
+            ended.append(epoch)
+    ends = sorted({*range(per_decision - 1, epochs, per_decision), epochs - 1})
+    assert ended == [*ends, epochs, epochs + 1, epochs + 2]
+    assert len(ends) == intervals.horizon
+
+
+def test_intervals_go_on_from_their_state() -> None:
+    one, other = Intervals(130), Intervals(130)
+    for epoch in range(140):
+        other.load_state_dict(one.state_dict(), runs=2)
+        signals = {"train_loss": np.array([epoch, math.nan]), "val_loss": np.array([math.inf, -epoch])}
+        found, expected = other.finish_epoch(signals), one.finish_epoch(signals)
+        assert (found is None) == (expected is None)
+        if found is not None and expected is not None:
+            np.testing.assert_equal(found, expected)
+        other = Intervals(130)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "parts"),
+    [
+        (-1, []),
+        (1.0, [{"train_loss": [1.0]}]),
+        (True, [{"train_loss": [1.0]}]),
+        (4, []),
+        (3, [{"train_loss": [1.0]}]),
+        (500, [{"train_loss": [1.0]}]),
+        (4, [{"test_loss": [1.0]}]),
+        (4, [{"train_loss": [1.0, 2.0]}]),
+        (4, [{"train_loss": 1.0}]),
+        (4, [{"train_loss": ["x"]}]),
+    ],
+)
+def test_states_that_no_intervals_have(epoch: Any, parts: Any) -> None:
+    intervals = Intervals(130)
+    intervals.finish_epoch({"train_loss": np.array([1.0])})
+    before = intervals.state_dict()
+    with pytest.raises(ValueError):  # noqa: PT011
+        intervals.load_state_dict({"epoch": epoch, "parts": parts})
+    assert intervals.state_dict() == before
 
 
 def test_in_between_only_the_base_schedule_moves() -> None:
@@ -298,9 +353,7 @@ def test_a_loop_goes_on_from_its_state() -> None:
     loops[0].tell_examples(4e4)
     loops[0].scale_lr(1, 0.25)
     loops[0].values_at(0.33)
-    buffer = io.BytesIO()
-    torch.save(loops[0].state_dict(), buffer)
-    loops[1].load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+    loops[1].load_state_dict(through_a_file(loops[0].state_dict()))
     for _ in range(3):
         assert lists(loops[1].values()) == lists(loops[0].values())
         np.testing.assert_array_equal(loops[1].observe(), loops[0].observe())
@@ -311,8 +364,63 @@ def test_a_loop_goes_on_from_its_state() -> None:
 
 
 def test_a_state_of_other_runs() -> None:
-    with pytest.raises(ValueError, match="the state is one of 2 runs, not 3"):
+    with pytest.raises(ValueError, match=r"offsets is torch.float64 \(2, 4\), not torch.float64 \(3, 4\)"):
         make_loop(3).load_state_dict(make_loop(2).state_dict())
+
+
+def test_a_run_that_has_outlasted_its_length_goes_on_from_its_state() -> None:
+    loop, other = make_loop(horizon=3), make_loop(horizon=3)
+    for interval in range(9):
+        other.load_state_dict(loop.state_dict())
+        for each in (loop, other):
+            each.decide(STAY)
+            each.record({"val_loss": np.array([1.0 + interval])})
+        np.testing.assert_array_equal(other.observe(), loop.observe())
+    make_loop(horizon=3).load_state_dict(loop.state_dict())
+    loop.load_state_dict(make_loop(horizon=3).state_dict())
+    assert loop.state.telemetry.interval.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("offsets", torch.full((1, 4), math.nan, dtype=torch.float64)),
+        ("offsets", torch.zeros(1, 4)),
+        ("offsets", torch.zeros(1, 3, dtype=torch.float64)),
+        ("actions", torch.full((1, 4), 1.5, dtype=torch.float64)),
+        ("values", torch.full((1, 4), -1.0, dtype=torch.float64)),
+        ("shifts", torch.full((1, 4), math.inf, dtype=torch.float64)),
+        ("lr_scale", torch.full((1,), 2.0, dtype=torch.float64)),
+        ("examples", torch.full((1,), -5.0, dtype=torch.float64)),
+        ("interval", torch.tensor([-1])),
+        ("interval", torch.tensor([11])),
+        ("interval", torch.tensor([2**40])),
+        ("history/val_loss", torch.ones(1, 10, dtype=torch.float64)),
+        ("history/val_loss", torch.ones(1, 12, dtype=torch.float64)),
+        ("given", {"lr": math.nan, "batch_size": 32.0, "weight_decay": 0.1, "dropout": 0.1, "warmup": 0.1}),
+        ("given", {"lr": 1.0, "batch_size": 32.0, "weight_decay": 1e30, "dropout": 0.1, "warmup": 0.1}),
+        ("given", None),
+        ("given", {"lr": 1.0}),
+        ("unknown", torch.zeros(1)),
+    ],
+)
+def test_damaged_states_of_a_loop(name: str, value: Any) -> None:
+    loop = make_loop(given=BASE)
+    before, values = loop.state_dict(), lists(loop.values())
+    with pytest.raises((ValueError, TypeError)):
+        loop.load_state_dict({**before, name: value})
+    after = loop.state_dict()
+    assert {key: repr(entry) for key, entry in after.items()} == {key: repr(entry) for key, entry in before.items()}
+    assert lists(loop.values()) == values
+
+
+def test_a_loop_goes_on_from_what_the_other_was_given() -> None:
+    loop = make_loop(given=BASE)
+    other = make_loop(given=BaseSchedule(lr=0.1, batch_size=64, weight_decay=0.2, dropout=0.3))
+    loop.decide(np.full((1, 4), 0.3))
+    other.load_state_dict(through_a_file(loop.state_dict()))
+    assert lists(other.decide(STAY)) == lists(loop.decide(STAY))
+    np.testing.assert_array_equal(other.observe(), loop.observe())
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5, math.nan])

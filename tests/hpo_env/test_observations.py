@@ -281,3 +281,9 @@ def test_any_length_of_a_run(examples: float) -> None:
     features = named(loop)
     assert features["examples_known"] == np.isfinite(examples)
     assert features["examples"] == pytest.approx({1e4: 0.5, 1e30: 1.5}.get(examples, 0.0))
+
+
+def test_a_run_without_trainable_parameters() -> None:
+    loop = ControlLoop(1, horizon=8, rule=flat(BASE), parameters=0, momentum_sgd=True)
+    loop.restart([0])
+    assert named(loop)["parameters"] == 0

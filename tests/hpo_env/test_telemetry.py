@@ -58,3 +58,12 @@ def test_what_is_missing_or_lost_in_one_epoch_is_so_in_the_interval(name: str, o
 @pytest.mark.parametrize("present", [{"train_loss"}, {"train_loss", "val_loss"}, set(SIGNALS) - {"update_ratio"}])
 def test_signals_that_no_epoch_has(present: set[str]) -> None:
     assert combined([{name: np.ones(1) for name in present}] * 2).keys() == present
+
+
+@pytest.mark.parametrize("name", ["train_loss", "grad_norm", "update_ratio"])
+def test_what_is_too_large_to_add_up_is_infinite(name: str) -> None:
+    """Without a warning, which is an error in these tests."""
+    assert combined([{name: np.array([1e308])}] * 3)[name].tolist() == [math.inf]
+    assert np.isnan(combined([{name: np.array([math.inf])}, {name: np.array([-math.inf])}])[name]) == (
+        name != "update_ratio"
+    )

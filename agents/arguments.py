@@ -1,0 +1,93 @@
+"""What a user passes to a tuner: checked, with errors that name the value, or warned of."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from reprlib import repr as short
+from typing import Any, SupportsFloat
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inner_models.names import unknown
+
+from .policy import ControlPolicy, PolicyError
+
+_log = logging.getLogger("hyperpilot")
+
+
+def real(name: str, value: Any) -> float:
+    """`value` as a float; a tensor or an array must have one element.
+
+    Raises:
+        ValueError: it is no real number. One that is not finite is.
+    """
+    try:
+        found = value.item() if isinstance(value, Tensor | np.ndarray | np.generic) else value
+        if isinstance(found, SupportsFloat):  # a str is none
+            return float(found)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several elements
+        pass
+    raise ValueError(f"{name} must be a number, not {short(value)}")
+
+
+def count(name: str, value: Any) -> int:
+    """`value` as an int of at least 1; a float must be whole.
+
+    Raises:
+        ValueError: it is none.
+    """
+    known = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not known or not 1 <= value < 2**63 or value % 1:
+        raise ValueError(f"{name} must be at least 1 and whole, not {short(value)}")
+    return int(value)
+
+
+def chosen(controls: Sequence[str] | None, available: Sequence[str]) -> tuple[str, ...]:
+    """The controls that the policy may move, all when None.
+
+    Raises:
+        ValueError: one of them is not available.
+    """
+    if controls is None:
+        return tuple(available)
+    for name in controls:
+        if name not in available:
+            raise ValueError(unknown("control", name, available))
+    return tuple(name for name in available if name in controls)
+
+
+def check_run(policy: ControlPolicy, optimizer: torch.optim.Optimizer, signals: Sequence[str]) -> None:
+    """Whether the policy can control a run that has this optimizer and gives these signals.
+
+    Raises:
+        ValueError: a parameter group's settings are not finite.
+        PolicyError: the policy needs other signals.
+    """
+    for group in optimizer.param_groups:
+        for name in ("lr", "weight_decay"):
+            if not 0 <= float(group.get(name, 0.0)) < math.inf:
+                raise ValueError(f"{name} of a parameter group must be a finite number, not {group[name]}")
+    missing = [name for name in policy.header.required_signals if name not in signals]
+    if missing:
+        raise PolicyError(
+            f"this policy needs {' and '.join(missing)} at every step, which this run does not give "
+            f"(signals={tuple(signals)}); use a policy trained without"
+        )
+
+
+def warn_of_misfits(policy: ControlPolicy, optimizer: torch.optim.Optimizer, total_epochs: int, start: str) -> None:
+    """Log what is allowed but unlikely to work well."""
+    if any("initial_lr" in group for group in optimizer.param_groups):
+        _log.warning("a learning rate scheduler is attached to this optimizer; remove it: the tuner sets lr")
+    if start == "policy" and not isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):
+        _log.warning(
+            "the policy knows AdamW and SGD; with %s its learning rates may not fit: consider start='given'",
+            type(optimizer).__name__,
+        )
+    shortest, _ = policy.header.trained_ranges.get("horizons", (1, math.inf))
+    if total_epochs < shortest:
+        _log.warning("this policy was trained on runs of %g epochs or more, not %d", shortest, total_epochs)

@@ -1,0 +1,118 @@
+"""`Guard`: notices that a run has diverged, and takes it back to its best state."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from reprlib import repr as short
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tolerance import Notices
+from .watch import Watch
+
+
+class Guard:
+    """Keeps one copy of the model's and the optimizer's state, the run's best, in main memory."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, notices: Notices) -> None:
+        self._model, self._optimizer, self._notices = model, optimizer, notices
+        self._watch = Watch()
+        self._snapshot: dict[str, Any] = {}
+        self._take()
+
+    def check(self, epoch: int, losses: Mapping[str, float]) -> str | None:
+        """Look at an epoch's losses, one or more. A new best is remembered with the run's state, to which a divergence
+        takes it back.
+
+        Returns:
+            What is wrong with the run, if anything.
+        """
+        verdict, improved = self._watch.check(losses)
+        if improved:
+            with self._notices.surviving("keeping a snapshot"):
+                self._take()
+        if verdict:
+            with self._notices.surviving("restoring the best snapshot"):
+                self.restore()
+                self._notices.tell(
+                    "divergence",
+                    "epoch %d: %s; restored the best snapshot and lowered lr to a quarter",
+                    epoch,
+                    verdict,
+                )
+        return verdict
+
+    def restore(self) -> None:
+        """Load the snapshot; the parameter groups keep their settings.
+
+        Raises:
+            RuntimeError: the model has other tensors by now; those that fit are restored.
+        """
+        groups = self._optimizer.param_groups
+        if _sizes(groups) == _sizes(self._snapshot["optimizer"]["param_groups"]):  # else no state fits them
+            kept = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+            self._optimizer.load_state_dict(copy.deepcopy(self._snapshot["optimizer"]))
+            for group, values in zip(self._optimizer.param_groups, kept, strict=True):
+                group.update(values)
+        self._model.load_state_dict(self._snapshot["model"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._watch.state_dict(), "snapshot": _copied(self._snapshot)}
+
+    @torch.inference_mode(False)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`.
+
+        Raises:
+            ValueError: it is damaged, or of another model; the guard stays as it was.
+        """
+        first, best, own = state["first"], state["best"], self._snapshot
+        snapshot = state["snapshot"] or own  # there is none where taking one failed
+        if first.keys() != best.keys() or not all(map(math.isfinite, [*first.values(), *best.values()])):
+            raise ValueError(f"the guard's losses are damaged: {short(first)}, {short(best)}")
+        parameters = own["model"].keys() & {name for name, _ in self._model.named_parameters()}
+        if any(_layout(snapshot["model"][name]) != _layout(own["model"][name]) for name in parameters):
+            raise ValueError("the guard's snapshot is of another model")
+        moments, groups = snapshot["optimizer"]["state"], snapshot["optimizer"]["param_groups"]
+        if any(_layout(moments[index]) != _layout(own["optimizer"]["state"].get(index)) for index in moments):
+            raise ValueError(
+                "the guard's snapshot is of another optimizer, or the optimizer's state was not loaded first"
+            )
+        _sizes(groups)
+        self._snapshot = _copied(snapshot)  # not the caller's own: the next best overwrites it
+        self._watch.load_state_dict(state)
+
+    @torch.inference_mode(False)  # a tensor made in that mode could not be overwritten outside of it
+    def _take(self) -> None:
+        state = {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        into, self._snapshot = self._snapshot, {}  # which is all that a failure leaves, not a mixture
+        self._snapshot = _copied(state, into)
+
+
+def _sizes(groups: list[dict[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
+
+
+def _layout(state: Any) -> Any:
+    """The names, shapes and types of an entry of a state dict."""
+    if isinstance(state, dict):
+        return {name: _layout(value) for name, value in state.items()}
+    return state.shape if isinstance(state, Tensor) else type(state)
+
+
+def _copied(state: Any, into: Any = None) -> Any:
+    """A copy of a state dict, its tensors in main memory: in those of `into`, an earlier copy, wherever they fit."""
+    if isinstance(state, Tensor):
+        fits = isinstance(into, Tensor) and (into.shape, into.dtype) == (state.shape, state.dtype)
+        return into.copy_(state.detach()) if fits else state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        known = into if isinstance(into, dict) else {}
+        return {key: _copied(value, known.get(key)) for key, value in state.items()}
+    if isinstance(state, list):
+        known = dict(enumerate(into)) if isinstance(into, list) else {}
+        return [_copied(value, known.get(index)) for index, value in enumerate(state)]
+    return copy.deepcopy(state)

@@ -1,0 +1,69 @@
+"""A tuner is a guest in somebody's run: what goes wrong there is logged once, and does not end the run."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from inner_models.signals import GradientMeter
+
+_MEASURING = "measuring gradients"
+
+_log = logging.getLogger("hyperpilot")
+
+
+class Notices:
+    """Logs each kind of trouble once as a warning; from then on at the level DEBUG."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def tell(self, kind: str, message: str, *arguments: object, traceback: bool = False) -> None:
+        level = logging.DEBUG if kind in self._told else logging.WARNING
+        self._told.add(kind)
+        _log.log(level, message, *arguments, exc_info=traceback)
+
+    @contextmanager
+    def surviving(self, what: str) -> Iterator[None]:
+        """A block whose failure is logged with its traceback, and goes no further."""
+        try:
+            yield
+        except Exception:
+            self.tell(what, "%s failed; the run goes on without it", what, traceback=True)
+
+
+class TolerantMeter(GradientMeter):
+    """A gradient meter in which a failure costs its signals and not the optimizer's step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, notices: Notices) -> None:
+        self._notices, self._trained = notices, False
+        super().__init__(optimizer)
+
+    def begin(self) -> None:
+        """As in `GradientMeter`; without a copy of the parameters where that fails."""
+        with self._notices.surviving(_MEASURING):
+            return super().begin()
+        self._start = {}
+
+    def finish(self) -> dict[str, float]:
+        """As in `GradientMeter`; nothing where that fails."""
+        measured, idle = bool(self._products), not self.steps
+        if idle and self._trained:
+            self._notices.tell("idle", "no optimizer step since the last epoch: is step called more often?")
+        self._trained = self._trained or not idle
+        with self._notices.surviving(_MEASURING):
+            signals = super().finish()
+            if measured and not math.isfinite(signals["grad_norm"]):
+                self._notices.tell("gradients", "an epoch's gradients were not finite")
+            return signals
+        self.begin()
+        return {}
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with self._notices.surviving(_MEASURING):
+            super()._before_step(optimizer, args, kwargs)

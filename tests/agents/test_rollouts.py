@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import signal
 import time
@@ -250,8 +249,8 @@ def test_map_keeps_the_order() -> None:
         with closing(workers_of(partial(Walks, RUNS // max(1, workers)), workers)) as env:
             assert env.map(abs, items) == [abs(item) for item in items]
             assert env.map(abs, []) == []
-            with pytest.raises((RuntimeError, TypeError), match="bad operand"):
-                env.map(operator.neg, ["x"])
+            with pytest.raises((RuntimeError, ValueError), match="invalid literal"):
+                env.map(int, ["x"])
 
 
 def test_workers_leave_ctrl_c_to_the_first_process() -> None:

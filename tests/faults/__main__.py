@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import pkgutil
 import re
 import sys
@@ -25,6 +26,7 @@ def all_faults() -> list[Fault]:
 
 
 def main() -> int:
+    logging.getLogger("hyperpilot").addHandler(logging.NullHandler())  # what is logged is looked at, not shown
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="faults whose name matches this regular expression")
     parser.add_argument("--skip", default="$^", help="not those whose name matches this one, such as soak (3 hours)")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -22,3 +23,10 @@ def one_thread_each() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def give_back_memory() -> None:
+    """Return to the system what has been freed. glibc keeps it, in pieces that models of another size do not fit, and a
+    process that trains model after model grows; other C libraries have no such call, and need none."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -161,9 +161,11 @@ def fuzzed(count: int, folder: Path) -> Outcome:
     for index in range(FUZZERS):
         (home := folder / f"{index}").mkdir()
         options = [str(home), f"-runs={-(-count // FUZZERS)}", f"-seed={index + 1}"]
-        process = subprocess.Popen([*command, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        processes.append(process)
-    logs = [process.communicate()[1] for process in processes]
+        with (folder / f"{index}.log").open("w") as log:  # a pipe would be full before it is read
+            processes.append(subprocess.Popen([*command, *options], cwd=ROOT, stderr=log))
+    for process in processes:
+        process.wait()
+    logs = [(folder / f"{index}.log").read_text(errors="replace") for index in range(FUZZERS)]
     executed = [int(number) for log in logs for number in re.findall(r"number_of_executed_units: (\d+)", log)]
     failures = [log[-2000:] for log, process in zip(logs, processes, strict=True) if process.returncode]
     if sum(executed) < count:

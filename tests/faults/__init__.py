@@ -3,6 +3,7 @@ run short forms of the same functions."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,3 +39,8 @@ class Fault:
     must_hold: str
     run: Callable[[int, Path], Outcome]
     count: int
+
+
+def hear_ctrl_c() -> None:
+    """For `preexec_fn`: what a shell starts in the background is deaf to Ctrl-C, and so would be its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents.checkpoints import Checkpoints
 from hpo_env.env import Variation
-from tests.faults import Fault, Outcome
+from tests.faults import Fault, Outcome, hear_ctrl_c
 from tests.tiny import TINY, TINY_CONFIG
 
 SETTLED = 0.4
@@ -135,6 +135,7 @@ def told_to_stop(count: int, folder: Path) -> Outcome:
         process = subprocess.Popen(
             command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+            preexec_fn=hear_ctrl_c,
         )  # fmt: skip
         while process.poll() is None and _step(out) < 2048:
             time.sleep(0.05)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from tests.faults import Fault, Outcome
+from tests.faults import Fault, Outcome, hear_ctrl_c
 from tests.faults.puppet import Order, Puppet
 
 RESTART, CLOSE = 10.0, 5.0
@@ -250,7 +250,9 @@ class Parent(subprocess.Popen[str]):
         arguments = [str(float(argument)) for argument in (threaded, seconds, timeout, *orders)]
         command = [sys.executable, "-c", _PARENT, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        super().__init__(command, cwd=ROOT, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
+        super().__init__(  # type: ignore[call-overload]
+            command, cwd=ROOT, text=True, start_new_session=True, preexec_fn=hear_ctrl_c, **pipes
+        )
 
     def wait_for(self, line: str) -> None:
         assert self.stdout is not None

@@ -27,7 +27,7 @@ HARMLESS = {
 FROM_PROCESSES = {
     "inner_models/remote.py": ("pickle", "pickle.loads"),
     "agents/supervised_env.py": ("cloudpickle",),
-    "agents/rollouts.py": ("actor.kind.load",),
+    "agents/rollouts.py": ("ActorCriticPolicy.load",),
 }
 """Module -> what it uses to talk to the processes that it starts itself, through pipes: nothing of it is on a disk."""
 

@@ -450,6 +450,7 @@ def test_the_test_split_is_out_of_reach(name: str, kind: type[HPOEnv] | type[HPO
     assert dataset.test is not None
     env: Any = kind(task=task)
     env.reset(seed=0)
+    env.action_space.seed(0)
     for _ in range(2):
         env.step(env.action_space.sample())
     # The walk does find what is there.

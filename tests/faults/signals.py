@@ -534,6 +534,7 @@ def damaged_states(count: int, folder: Path) -> Outcome:
 def fuzzed(count: int, folder: Path) -> Outcome:
     """Coverage-guided, in a process of its own."""
     command = [sys.executable, "-m", "tests.faults.fuzz_tuner", f"-runs={count}", "-seed=1", "-max_len=32"]
+    command.append("-rss_limit_mb=0")  # the fuzzer's own memory grows with the runs
     done = subprocess.run(
         [*command, f"-artifact_prefix={folder}/", str(folder)],
         capture_output=True, text=True, errors="replace", cwd=Path(__file__).parents[2],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import multiprocessing
@@ -114,6 +115,7 @@ def _answers(env: Env, command: str, arguments: tuple[Any, ...]) -> Iterable[Any
 def _serve(connection: Connection, make: Callable[[], Env]) -> None:
     """A worker process's loop. One thread: at these sizes two processes beat two threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the first one decides
+    atexit.register(os._exit, 0)  # last: the interpreter takes seconds to take down what it holds
     torch.set_num_threads(1)
     try:
         env = make()
@@ -121,11 +123,10 @@ def _serve(connection: Connection, make: Callable[[], Env]) -> None:
             for answer in _answers(env, *connection.recv()):
                 connection.send(("ok", answer))
     except EOFError:
-        pass
+        return
     except Exception:
         with contextlib.suppress(OSError):  # closed from the other end, which is no longer interested
             connection.send(("error", traceback.format_exc()))
-    os._exit(0)  # nothing is left to be done, and the interpreter takes seconds to take down what it holds
 
 
 class RolloutWorkers(VecEnv):

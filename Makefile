@@ -1,7 +1,7 @@
 PYTHON := .venv/bin/python
 DEVICE ?= cpu
 
-.PHONY: install demo test check benchmark faults
+.PHONY: install demo test check docs benchmark faults
 
 install: .venv/.installed
 
@@ -9,7 +9,7 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(PYTHON) || python3 -m venv .venv
 	$(PYTHON) -m pip install -c constraints.txt torch
-	$(PYTHON) -m pip install -c constraints.txt -e '.[compare,data,dev]'
+	$(PYTHON) -m pip install -c constraints.txt -e '.[compare,data,dev,docs,hub,lightning,onnx,transformers]'
 	touch $@
 
 demo: install
@@ -22,6 +22,9 @@ check: install
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
+
+docs: install
+	$(PYTHON) -m mkdocs build --strict
 
 benchmark: install
 	$(PYTHON) scripts/benchmark.py --device $(DEVICE) --json benchmarks/$(DEVICE).json

@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sized
 from typing import Any
 
 import numpy as np
+from torch.utils import data
 
 from hpo_env.hyperparameters import HasBatchSize
 from inner_models.sampling import BatchSampler
 
+Loader = data.DataLoader[Any]
+
 
 class BatchSize:
-    """A batch size that every sampler in `samplers` takes over."""
+    """A batch size that every sampler in `samplers` takes over.
 
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
+    Args:
+        batch_size: rows of one batch.
+        batches_per_step: batches that make one optimizer step, over all processes.
+
+    Attributes:
+        batch_size: rows of one optimizer step; what it is set to is rounded to whole batches.
+    """
+
+    def __init__(self, batch_size: int, batches_per_step: int = 1) -> None:
+        self._rows, self._batches = batch_size, batches_per_step
         self.samplers: list[HasBatchSize] = []
 
     @property
     def batch_size(self) -> int:
-        return self._batch_size
+        return self._rows * self._batches
 
     @batch_size.setter
     def batch_size(self, value: int) -> None:
-        self._batch_size = value
+        self._rows = max(1, round(value / self._batches))
         for sampler in self.samplers:
-            sampler.batch_size = value
+            sampler.batch_size = self._rows
 
     def follow(self, sampler: HasBatchSize) -> None:
         """Have `sampler` take over the batch size, now and from now on."""
-        sampler.batch_size = self._batch_size
+        sampler.batch_size = self._rows
         self.samplers.append(sampler)
 
     def state_dict(self) -> list[Any]:
@@ -53,6 +65,26 @@ class BatchSize:
 
     def _generators(self) -> list[np.random.Generator]:
         return [sampler.generator for sampler in self.samplers if isinstance(sampler, BatchSampler)]
+
+
+def settable(loader: Loader) -> data.BatchSampler | BatchSampler | None:
+    """What decides on the batch size of `loader`, if it can be set: samplers of torch's or of ours, which look at their
+    `batch_size` at the beginning of every pass."""
+    sampler: Any = loader.batch_sampler
+    own = isinstance(sampler, BatchSampler)
+    return sampler if own or getattr(type(sampler), "__iter__", None) is data.BatchSampler.__iter__ else None
+
+
+def examples_in(loader: Loader) -> int | None:
+    """Examples in one pass over `loader` (of this process), where that is known."""
+    sampler: Any = loader.batch_sampler
+    if isinstance(sampler, BatchSampler):
+        return sampler.examples
+    rows = sampler.sampler if isinstance(sampler, data.BatchSampler) else loader.dataset
+    try:
+        return len(rows) if isinstance(rows, Sized) else None
+    except (TypeError, NotImplementedError):  # a data set that inherits a __len__ which it cannot answer
+        return None
 
 
 def _plain(state: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import operator
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal, Self, SupportsIndex
@@ -15,18 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from hpo_env.base_schedules import BaseSchedule
-from hpo_env.control import ControlLoop, Intervals
+from hpo_env.control import ControlLoop, Intervals, epochs_per_decision
 from hpo_env.hyperparameters import CONTROLS, Array, Binding, HasBatchSize
 from inner_models.sampling import BatchSampler
 
 from .arguments import check_run, chosen, count, real, warn_of_misfits
-from .batch_size import BatchSize
+from .batch_size import Loader, examples_in
+from .board import group_values, write_decision, write_epoch
 from .files import ScalarWriter
 from .guard import Guard
 from .policy import ControlPolicy
+from .ranks import averaged, world_size
+from .reasons import reason
 from .tolerance import Notices, TolerantMeter
+from .trajectory import Trajectory
 from .tuner_state import VERSION
 from .tuner_state import check as check_state
+from .user_run import batch_sampler, batch_size_of, losses_of
 from .watch import LOWERED
 
 PRETRAINED = "pretrained.safetensors"
@@ -48,11 +52,16 @@ class Tuner:
             weight decay stay so.
         total_epochs: how many times `step` will be called. In runs of more than 64 the policy decides every second,
             third, ... time.
+        loader: the run's training `DataLoader`. From then on its batch size is what the tuner says, if the loader has
+            one that can be set (an ordinary loader has), from its next pass on; `loader.batch_size` does not show it.
+        model: the model; needed to move dropout and for the guard. If it is a `DistributedDataParallel`, `step` takes
+            the mean of the losses over its processes: all of them must make and step a tuner.
+        batches_per_step: batches of the loader that make one optimizer step (gradient accumulation).
         examples_per_epoch: training examples in an epoch, usually `len(train_set)`: the best start depends on the
-            length of the run. Without it the length is known from `batch_sampler`, or after the first epoch, from the
-            steps that it took.
-        model: the model; needed to move dropout and for the guard.
-        batch_size: the run's batch size, if the tuner may change it; batches must then come from `batch_sampler`.
+            length of the run. Without it the length is known from `loader` or `batch_sampler`, or after the first
+            epoch, from the steps that it took.
+        batch_size: in place of `loader`: the run's batch size, if the tuner may change it; batches must then come from
+            `batch_sampler`, whose row order is part of the tuner's state.
         start: `policy` chooses absolute values; `given` takes the run's own values (with warm-up and cosine decay) as
             the base and stays within `max_factor` of that.
         max_factor: see `start`. 100 is enough to mend a bad start; to fine-tune near your own values, give 3.
@@ -62,11 +71,13 @@ class Tuner:
         guard: when the run diverges (a loss that is not finite, or far above the run's best), restore the best
             snapshot and lower the learning rate to a quarter. Keeps one copy of the model's and optimizer's state. The
             first time is logged as a warning, later ones at the level DEBUG.
-        writer: a TensorBoard `SummaryWriter` (or anything with `add_scalar`) for losses and controls.
+        writer: a TensorBoard `SummaryWriter` (or anything with `add_scalar`) for losses, controls and reasons
+            (`agents.board.RUN_TAGS`).
 
     Attributes:
         history: one entry a decision: the epoch it is for, the signals and observation it saw, the action, the values
-            set, what the guard did since the last one, and whether the policy was out of its depth.
+            set, what the guard did since the last one, whether the policy was out of its depth, and the reason in plain
+            words.
 
     Raises:
         ValueError: bad arguments; the message names the value.
@@ -85,8 +96,10 @@ class Tuner:
         optimizer: torch.optim.Optimizer,
         *,
         total_epochs: int,
-        examples_per_epoch: int | None = None,
+        loader: Loader | None = None,
         model: nn.Module | None = None,
+        batches_per_step: int = 1,
+        examples_per_epoch: int | None = None,
         batch_size: int | None = None,
         start: Literal["policy", "given"] = "policy",
         max_factor: float = 100.0,
@@ -103,10 +116,15 @@ class Tuner:
         if not max_factor > 1:
             raise ValueError(f"max_factor must be above 1, not {max_factor}")
         examples = None if examples_per_epoch is None else count("examples_per_epoch", examples_per_epoch)
-        self._batch_size = None if batch_size is None else BatchSize(count("batch_size", batch_size))
+        ranks = world_size(model)
+        batches = count("batches_per_step", batches_per_step) * ranks
+        if examples is None and loader is not None and (rows := examples_in(loader)):
+            examples = rows * ranks
         check_run(policy, optimizer, signals)
         self._notices = Notices()
+        self._batch_size = batch_size_of(batch_size, loader, batches, self._notices)
         known = {} if initial_loss is None else {"val_loss": real("initial_loss", initial_loss)}
+        known = averaged(known, model)
         if not all(map(math.isfinite, known.values())):
             self._notices.tell("initial", "initial_loss=%g is taken as not known", known.pop("val_loss"))
         warn_of_misfits(policy, optimizer, total_epochs, start)
@@ -137,6 +155,8 @@ class Tuner:
         self._policy_state: Any = None
         self._verdict: str | None = None
         self.history: list[dict[str, Any]] = []
+        self._epochs: list[dict[str, Any]] = []
+        self._examples = examples
         if examples is not None:
             self._loop.tell_examples(float(examples * total_epochs))
         self._decide(known, None)
@@ -165,6 +185,18 @@ class Tuner:
         """Epochs finished."""
         return self._intervals.epoch
 
+    @property
+    def trajectory(self) -> Trajectory:
+        """What was done so far: to be saved, looked at, and applied to another run (`agents.replay`)."""
+        return Trajectory.of_epochs(
+            self._epochs,
+            self.history,
+            total_epochs=self.total_epochs,
+            optimizer=type(self._optimizer).__name__,
+            examples_per_epoch=self._examples,
+            policy=self.policy.digest,
+        )
+
     def step(self, *, train_loss: float | Tensor | None, val_loss: float | Tensor | None = None) -> dict[str, float]:
         """Call at the end of every epoch. Sets the hyperparameters for the next one and returns them.
 
@@ -175,21 +207,21 @@ class Tuner:
         Raises:
             ValueError: a loss is neither a number nor None; nothing has changed then.
         """
-        told = {"train_loss": train_loss, "val_loss": val_loss}
-        losses = {name: real(name, value) for name, value in told.items() if value is not None}
-        losses = {name: value if math.isfinite(value) else math.inf for name, value in losses.items()}
+        losses = losses_of(self._model, train_loss, val_loss)
         missing = [name for name in self.policy.header.required_signals if name not in losses]
         if missing:
             self._notices.tell("missing", "epoch %d: %s not measured", self.epoch + 1, " and ".join(missing))
-        self._write(losses)
+        used = self._moved(self.hyperparameters)
         batch = self._batch_size.batch_size if self._batch_size else ASSUMED_BATCH
         if self._meter.steps:
             self._loop.tell_examples(float(self._meter.steps * batch * self.total_epochs))
-        signals = {name: np.array([value]) for name, value in {**self._meter.finish(), **losses}.items()}
-        interval = self._intervals.finish_epoch(signals)
+        measured = {**averaged(self._meter.finish(), self._model), **losses}
+        interval = self._intervals.finish_epoch({name: np.array([value]) for name, value in measured.items()})
+        self._write({name: value for name, value in measured.items() if not math.isnan(value)}, used)
         if interval is not None:
             self._loop.record(interval)
         verdict = self._guarded(losses)
+        self._epochs.append({"values": used, "losses": losses, "guard": verdict})
         if self.epoch < self.total_epochs:
             self._verdict = verdict or self._verdict
             if interval is not None:
@@ -216,10 +248,10 @@ class Tuner:
         Raises:
             ValueError: the tuner was made without `batch_size`.
         """
-        rows = len(data) if isinstance(data, Sized) else operator.index(data)
-        sampler = BatchSampler(rows, 1, np.random.default_rng(seed), drop_last=drop_last)
-        self.follow(sampler)
-        if not self.epoch and self._loop.tell_examples(float(rows * self.total_epochs)):
+        sampler = batch_sampler(self._batch_size, data, seed, drop_last)
+        if self._examples is None:
+            self._examples = sampler.rows
+        if not self.epoch and self._loop.tell_examples(float(sampler.rows * self.total_epochs)):
             self._loop.take_back()
             self._policy_state = None
             self._decide(self.history.pop()["signals"], None)  # the first decision, with the length known
@@ -271,7 +303,7 @@ class Tuner:
         self._verdict = state["verdict"]
         self._binding.shares = copy.deepcopy(state["shares"])
         self._binding.write(state["hyperparameters"])
-        self.history = copy.deepcopy(state["history"])
+        self.history, self._epochs = copy.deepcopy(state["history"]), copy.deepcopy(state["epochs"])
         self._meter.begin()
         if state["policy"] != self.policy.digest:
             self._notices.tell("policy", "the state is of a run with another policy; from now on this one decides")
@@ -288,6 +320,7 @@ class Tuner:
             "hyperparameters": self.hyperparameters,
             "shares": copy.deepcopy(self._binding.shares),
             "history": copy.deepcopy(self.history),
+            "epochs": copy.deepcopy(self._epochs),
             "samplers": self._batch_size.state_dict() if self._batch_size else [],
         }
 
@@ -317,30 +350,47 @@ class Tuner:
                 "where it does",
                 self.epoch,
             )
+        before, stay = self._moved(self.hyperparameters), self._moved(self._loop.values_at(self._intervals.progress))
         chosen = self._apply(self._loop.decide(action, lost, self._intervals.progress))
-        self.history.append(
-            {
-                "epoch": self.epoch,
-                "signals": signals,
-                "observation": observation[0].tolist(),
-                "action": action[0].tolist(),
-                "hyperparameters": chosen,
-                "guard": guard,
-                "out_of_depth": bool(lost[0]),
-            }
+        entry: dict[str, Any] = {
+            "epoch": self.epoch,
+            "signals": signals,
+            "observation": observation[0].tolist(),
+            "action": action[0].tolist(),
+            "hyperparameters": chosen,
+            "guard": guard,
+            "out_of_depth": bool(lost[0]),
+        }
+        entry["reason"] = reason(
+            self.policy,
+            observation,
+            action,
+            before,
+            stay,
+            chosen,
+            first=not self.epoch,
+            out_of_depth=entry["out_of_depth"],
+            guard=guard,
+            epochs=epochs_per_decision(self.total_epochs),
         )
+        self.history.append(entry)
+
+    def _moved(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """Of these values, those of the controls that the policy may move."""
+        return {name: float(np.squeeze(values[name])) for name in self._controls}
 
     def _apply(self, values: Mapping[str, Array]) -> dict[str, float]:
-        chosen = {name: float(values[name][0]) for name in self._controls}
+        chosen = self._moved(values)
         self._binding.write(chosen)
         return chosen
 
-    def _write(self, losses: Mapping[str, float]) -> None:
+    def _write(self, signals: Mapping[str, float], used: Mapping[str, float]) -> None:
+        """Write an epoch that is over, and the decision that it began with, if it began with one."""
         if self._writer is not None:
-            values = {f"control/{name}": self.hyperparameters[name] for name in self._controls}
             with self._notices.surviving("writing to TensorBoard"):
-                for tag, value in {**{f"inner/{name}": loss for name, loss in losses.items()}, **values}.items():
-                    self._writer.add_scalar(tag, value, self.epoch + 1)
+                write_epoch(self._writer, self.epoch, signals, used, group_values(self._optimizer))
+                if self.history[-1]["epoch"] == self.epoch - 1:
+                    write_decision(self._writer, self.epoch, self.history[-1]["reason"])
 
 
 def pretrained_path() -> Path:

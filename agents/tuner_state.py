@@ -9,7 +9,7 @@ from typing import Any
 
 from .untrusted import Check, anything, items, number, table
 
-VERSION = 1
+VERSION = 2
 
 
 def check(state: Any, own: Mapping[str, Any]) -> None:
@@ -26,6 +26,9 @@ def check(state: Any, own: Mapping[str, Any]) -> None:
     for name, value in own["settings"].items():
         if state["settings"][name] != value:
             raise ValueError(f"it is of a run with {name}={short(state['settings'][name])}, not {value!r}")
+    moved = dict.fromkeys(filter(None, own["settings"]["controls"].split(", ")), number(0, 1e9))
+    losses = dict.fromkeys(("train_loss", "val_loss"), anything(0))
+    epoch = table({"values": table(moved), "losses": table(losses, optional=losses), "guard": anything(0)})
     table(
         {
             **dict.fromkeys([*own, "guard"], _by_its_part),
@@ -33,6 +36,7 @@ def check(state: Any, own: Mapping[str, Any]) -> None:
             "hyperparameters": table(dict.fromkeys(own["hyperparameters"], number(0, 1e9))),
             "shares": table({name: _shares(name, len(shares)) for name, shares in own["shares"].items()}),
             "history": items(table(dict.fromkeys(own["history"][0], anything(2))), 1, sys.maxsize),
+            "epochs": items(epoch, 0, sys.maxsize),
         }
     )("it", dict(state))
 

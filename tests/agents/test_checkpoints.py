@@ -19,13 +19,22 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from agents import checkpoints as module
+from agents import Tuner
+from agents import state_file as module
 from agents.checkpoints import Checkpoint, Checkpoints
 from tests.faults import storage
+from tests.tiny import random_policy
+
+MARKS = ("$float", "$tensor", "$tuple", "$pairs")
+"""Names that mean something in a file."""
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.dictionaries(st.integers() | st.sampled_from(MARKS) | st.text(), inner, max_size=4)
+    ),
     max_leaves=20,
 )
 
@@ -67,7 +76,7 @@ def test_tensors_come_back(tmp_path: Path) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(state=st.dictionaries(st.text(), PLAIN, max_size=4))
+@given(state=st.dictionaries(st.sampled_from(MARKS) | st.text(), PLAIN, max_size=4))
 def test_the_state_comes_back(state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
     checkpoints = Checkpoints(tmp_path_factory.getbasetemp())
     checkpoints.save(0, state)
@@ -86,7 +95,7 @@ def test_generators_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [(1, 2), {1: 2}, {"$float": "nan"}, {"$tensor": "0"}, np.int64(3), np.zeros(2), b"", {1}, 1j, Path()],
+    [{(1, 2): 3}, {None: 2}, {True: 2}, {0.5: 2}, np.int64(3), np.zeros(2), b"", {1}, 1j, Path()],
     ids=repr,
 )
 def test_what_a_state_cannot_hold(value: Any, tmp_path: Path) -> None:
@@ -151,15 +160,16 @@ def sealed(payload: Any, tensors: dict[str, torch.Tensor] | None = None) -> byte
     return data.replace(b'"' + b"0" * 64, b'"' + hashlib.sha256(data).hexdigest().encode(), 1)
 
 
-GOOD = {"version": 1, "step": 1, "state": {}}
+GOOD = {"version": module.FORMAT_VERSION, "step": 1, "state": {}}
 
 
 @pytest.mark.parametrize(
     "payload",
     [
-        "", "{", "[]", "null", "[" * 100_000, "1" * 5000, {}, {**GOOD, "version": 2}, {**GOOD, "step": 0},
+        "", "{", "[]", "null", "[" * 100_000, "1" * 5000, {}, {**GOOD, "version": 1}, {**GOOD, "step": 0},
         {**GOOD, "state": 3}, {**GOOD, "state": {"$float": 10**400}},
         {**GOOD, "state": {"a": {"$float": []}}}, {**GOOD, "state": {"a": {"$tensor": "9"}}}, {**GOOD, "state": ["a"]},
+        {**GOOD, "state": {"a": {"$pairs": [[1]]}}}, {**GOOD, "state": {"a": {"$tuple": 3}}},
     ],
     ids=lambda payload: str(payload)[:40],
 )  # fmt: skip
@@ -228,3 +238,15 @@ def test_what_the_long_form_does_more_often(fault: Any, count: int, tmp_path: Pa
     assert outcome.failures == ()
     if not outcome.count:
         pytest.skip(outcome.remark)
+
+
+def test_a_tuners_state_comes_back_with_its_snapshot(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    tuner = Tuner(random_policy(), optimizer, model=model, total_epochs=3)
+    tuner.step(train_loss=1.0, val_loss=2.0)
+    state = tuner.state_dict()
+    module.save_state(tmp_path / "tuner.safetensors", state)
+    assert repr(module.load_state(tmp_path / "tuner.safetensors")) == repr(state)

@@ -1,0 +1,131 @@
+"""`Tuner(loader=...)`: whose batch size is moved, and how long a run it makes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
+
+from agents import Tuner
+from inner_models import sampling
+from tests.user_runs import Loop, constant_policy
+
+DATA = TensorDataset(torch.arange(200.0))
+
+
+def attached(loader: DataLoader[Any] | None, **arguments: Any) -> Tuner:
+    """A tuner whose policy asks for ever larger batches."""
+    run = Loop()
+    return Tuner(
+        constant_policy(batch_size=1.0), run.optimizer, model=run.model, total_epochs=6, loader=loader, **arguments
+    )
+
+
+def sizes(loader: DataLoader[Any]) -> list[int]:
+    return [len(batch) for (batch,) in loader]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_batches_have_the_size_in_use(workers: int, drop_last: bool) -> None:
+    loader = DataLoader(
+        DATA, batch_size=16, shuffle=True, drop_last=drop_last, num_workers=workers, persistent_workers=workers > 0
+    )
+    tuner = attached(loader)
+    seen = set()
+    for epoch in range(3):
+        size = int(tuner.hyperparameters["batch_size"])
+        full, rest = divmod(200, size)
+        assert sizes(loader) == [size] * full + [rest] * (rest > 0 and not drop_last)
+        seen.add(size)
+        tuner.step(train_loss=1.0, val_loss=1.0 - epoch / 10)
+    assert len(seen) == 2
+
+
+class Buckets(BatchSampler):
+    """A batch sampler that makes batches in a manner of its own."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([[0, 1, 2], [3]])
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(torch.arange(300.0))
+
+
+def test_a_stream_has_a_batch_size_and_no_length() -> None:
+    loader = DataLoader(Stream(), batch_size=16)
+    tuner = attached(loader)
+    size = int(tuner.hyperparameters["batch_size"])
+    assert size > 16
+    assert [len(batch) for batch in loader] == [size, 300 - size]
+    assert tuner.trajectory.examples_per_epoch is None
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(DATA, batch_sampler=Buckets(SequentialSampler(DATA), 4, False)),
+        DataLoader(DATA, batch_size=None),
+    ],
+    ids=["own batches", "none"],
+)
+def test_batch_sizes_that_cannot_be_set(loader: DataLoader[Any], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    tuner = attached(loader)
+    assert "batch_size" not in tuner.hyperparameters
+    assert [r.message for r in caplog.records if "loader" in r.message] == [
+        "this loader's batch size cannot be set from outside: it stays as it is"
+    ]
+    assert tuner.trajectory.examples_per_epoch == 200
+    with pytest.raises(ValueError, match="unknown control 'batch_size'"):
+        attached(loader, controls=["batch_size"])
+
+
+@pytest.mark.parametrize(
+    ("loader", "examples"),
+    [
+        (DataLoader(DATA, batch_size=8), 200),
+        (DataLoader(DATA, batch_size=8, sampler=SubsetRandomSampler(range(50))), 50),
+        (DataLoader(DATA, batch_size=8, sampler=RandomSampler(DATA, num_samples=300, replacement=True)), 300),
+        (DataLoader(DATA, batch_sampler=sampling.BatchSampler(200, 8, np.random.default_rng(0), examples=70)), 70),
+    ],
+    ids=["data set", "subset", "more than all", "ours"],
+)
+def test_the_length_of_an_epoch_is_the_loaders(loader: DataLoader[Any], examples: int) -> None:
+    assert attached(loader).trajectory.examples_per_epoch == examples
+    told = attached(None, examples_per_epoch=examples).history[0]["observation"]
+    assert attached(loader, controls=["lr"]).history[0]["observation"][3] == told[3]
+    assert attached(loader, examples_per_epoch=77).trajectory.examples_per_epoch == 77
+
+
+def test_several_batches_make_a_step() -> None:
+    loader = DataLoader(DATA, batch_size=4)
+    tuner = attached(loader, batches_per_step=8, start="given")
+    for epoch in range(4):
+        size = tuner.hyperparameters["batch_size"]
+        assert size % 16 == 0
+        assert max(sizes(loader)) == size / 8
+        tuner.step(train_loss=1.0, val_loss=1.0 - epoch / 10)
+    assert size > 32
+
+
+def test_too_much_is_said() -> None:
+    with pytest.raises(ValueError, match=r"batch_size=8 and loader: give one of them"):
+        attached(DataLoader(DATA, batch_size=8), batch_size=8)
+    with pytest.raises(ValueError, match="batches_per_step must be at least 1 and whole, not 0"):
+        attached(DataLoader(DATA, batch_size=8), batches_per_step=0)

@@ -90,15 +90,23 @@ class ControlPolicy(nn.Module):
             del header[name]
         return policy_file.digest(header, self.state_dict())
 
+    def to_bytes(self) -> bytes:
+        """The policy as one safetensors file.
+
+        Raises:
+            PolicyError: it could not be loaded again, as with weights that are not finite.
+        """
+        data = policy_file.to_bytes(self.header, self.state_dict())
+        self.from_bytes(data)
+        return data
+
     def save(self, path: Path | str) -> None:
         """Write the policy as one safetensors file, whole or not at all.
 
         Raises:
-            PolicyError: it could not be loaded again, as with weights that are not finite; an old file stays.
+            PolicyError: as `to_bytes`; an old file stays.
         """
-        data = policy_file.to_bytes(self.header, self.state_dict())
-        self.from_bytes(data)
-        write_atomically(Path(path), data)
+        write_atomically(Path(path), self.to_bytes())
 
     @classmethod
     def load(cls, path: Path | str) -> ControlPolicy:

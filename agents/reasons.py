@@ -135,8 +135,8 @@ def _value(name: str, before: float, stay: float, after: float, by: str) -> str:
 
 def _change(name: str, before: float, stay: float, after: float, by: str) -> str:
     """A change of a value, and the schedule's part in it where it has one beside the policy."""
-    aside = "" if _alike(before, stay) or _alike(stay, after) else f" ({by}: {_step(name, before, stay)})"
-    return f"{name} {_step(name, before, after)}{aside}"
+    change, own = _step(name, before, after), _step(name, before, stay)
+    return f"{name} {change}" + (f" ({by}: {own})" if own != change and not _alike(before, stay) else "")
 
 
 def _step(name: str, before: float, after: float) -> str:
@@ -218,7 +218,7 @@ def _gap(seen: Seen, epochs: int) -> str:
 def _noise(seen: Seen, epochs: int) -> str:
     if seen["gradients_missing"]:
         return "gradients not measured"
-    return f"gradient noise {seen['grad_noise']:.2f} of its norm (cosine with momentum {seen['grad_cosine']:+.2f})"
+    return f"gradient noise {seen['grad_noise']:.2f} of its norm"
 
 
 def _update(seen: Seen, epochs: int) -> str:
@@ -262,7 +262,9 @@ GROUPS: tuple[Group, ...] = (
     Group("generalization gap", ("generalization_gap", "generalization_gap_change"), _gap),
     Group("gradient norm", ("grad_norm_change", "grad_norm_since_start"),
           _since_start("gradient norm", "grad_norm_since_start")),
-    Group("gradient noise", ("grad_noise", "grad_cosine", "gradients_missing"), _noise),
+    Group("gradient noise", ("grad_noise", "gradients_missing"), _noise),
+    Group("gradient direction", ("grad_cosine",),
+          lambda seen, epochs: f"gradient at a cosine of {seen['grad_cosine']:+.2f} with its momentum"),
     Group("step length", ("update_ratio", "update_ratio_change"), _update),
     Group("a loss not finite", ("non_finite",),
           lambda seen, epochs: "a loss not finite" if seen["non_finite"] else "all losses finite"),

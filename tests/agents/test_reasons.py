@@ -58,8 +58,8 @@ STATES: dict[str, tuple[dict[str, float], str]] = {
     "generalization gap": ({"generalization_gap": 1.0, "generalization_gap_change": 0.1},
                            "validation loss 3 times the training loss, rising against it"),
     "gradient norm": ({"grad_norm_since_start": 0.4}, "gradient norm up 50 % since the start"),
-    "gradient noise": ({"grad_noise": 0.5, "grad_cosine": -0.25},
-                       "gradient noise 0.50 of its norm (cosine with momentum -0.25)"),
+    "gradient noise": ({"grad_noise": 0.5}, "gradient noise 0.50 of its norm"),
+    "gradient direction": ({"grad_cosine": -0.25}, "gradient at a cosine of -0.25 with its momentum"),
     "step length": ({"update_ratio": -1.0}, "weights moved by 1 % of their norm"),
     "a loss not finite": ({"non_finite": 1}, "a loss not finite"),
     "progress": ({"progress": 0.75}, "75 % of the run done"),
@@ -118,7 +118,7 @@ def test_two_causes_at_most_the_stronger_first() -> None:
     weights = {"val_roughness": 0.2, "grad_noise": 0.24, "progress": 0.22}
     policy = linear_policy({name: {"lr": weight} for name, weight in weights.items()})
     text = told(policy, observed(val_roughness=1, grad_noise=1, progress=1))
-    assert text == "lr x1.83: gradient noise 1.00 of its norm (cosine with momentum +0.00) and 100 % of the run done"
+    assert text == "lr x1.83: gradient noise 1.00 of its norm and 100 % of the run done"
 
 
 def test_controls_with_the_same_cause_share_a_clause() -> None:

@@ -79,9 +79,11 @@ def check_run(policy: ControlPolicy, optimizer: torch.optim.Optimizer, signals: 
         )
 
 
-def warn_of_misfits(policy: ControlPolicy, optimizer: torch.optim.Optimizer, total_epochs: int, start: str) -> None:
-    """Log what is allowed but unlikely to work well."""
-    if any("initial_lr" in group for group in optimizer.param_groups):
+def warn_of_misfits(
+    policy: ControlPolicy, optimizer: torch.optim.Optimizer, total_epochs: int, start: str, controls: Sequence[str]
+) -> None:
+    """Log what is allowed but unlikely to work well, with these controls in the policy's hands."""
+    if "lr" in controls and any("initial_lr" in group for group in optimizer.param_groups):
         _log.warning("a learning rate scheduler is attached to this optimizer; remove it: the tuner sets lr")
     if start == "policy" and not isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):
         _log.warning(

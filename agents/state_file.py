@@ -20,7 +20,6 @@ from .files import write_atomically
 
 FORMAT = "hyperpilot-checkpoint"
 FORMAT_VERSION = 2
-_MAX_BYTES = 1 << 30
 _UNSEALED = "0" * 64
 _SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 """Inside of the state, which is a string in the header, quotes are escaped: it cannot hold another."""
@@ -42,7 +41,7 @@ def save_state(path: Path, state: Mapping[str, Any], *, step: int = 0) -> None:
 
     Raises:
         TypeError: something else in `state`.
-        ValueError: a negative step, or more than 1 GiB.
+        ValueError: a negative step.
         OSError: not saved; an earlier file still is there.
     """
     if step < 0:
@@ -54,8 +53,6 @@ def save_state(path: Path, state: Mapping[str, Any], *, step: int = 0) -> None:
     plain = (tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for tensor in tensors)
     copies = {str(index): tensor for index, tensor in enumerate(plain)}
     data = serialize(copies, metadata)
-    if len(data) > _MAX_BYTES:
-        raise ValueError(f"a checkpoint of {len(data)} bytes; it could not be read again (at most {_MAX_BYTES})")
     start, end = _seal(data)
     write_atomically(path, b"".join([data[:start], _digest(data, start, end).encode(), data[end:]]))
 
@@ -67,10 +64,7 @@ def load_state(path: Path, *, step: int = 0) -> dict[str, Any]:
         ValueError: it cannot be read, is damaged, or is of another version or step.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise ValueError(f"more than {_MAX_BYTES} bytes")
+        data = path.read_bytes()
         start, end = _seal(data)
         if data[start:end].decode() != _digest(data, start, end):
             raise ValueError("its contents do not match its checksum")

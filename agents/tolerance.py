@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -64,6 +63,6 @@ class TolerantMeter(GradientMeter):
         self.begin()
         return {}
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _measure(self, optimizer: torch.optim.Optimizer) -> None:
         with self._notices.surviving(_MEASURING):
-            super()._before_step(optimizer, args, kwargs)
+            super()._measure(optimizer)

@@ -127,7 +127,6 @@ class Tuner:
         known = averaged(known, model)
         if not all(map(math.isfinite, known.values())):
             self._notices.tell("initial", "initial_loss=%g is taken as not known", known.pop("val_loss"))
-        warn_of_misfits(policy, optimizer, total_epochs, start)
         self.policy, self.total_epochs = policy, total_epochs
         self._optimizer, self._model, self._writer = optimizer, model, writer
         self._binding = Binding(optimizer, model, self._batch_size)
@@ -144,6 +143,7 @@ class Tuner:
             max_factor=max_factor if start == "given" else math.inf,
         )
         self._controls = moved = chosen(controls, self._binding.available)
+        warn_of_misfits(policy, optimizer, total_epochs, start, moved)
         lacking = {name: 0.0 for name in CONTROLS if name not in moved}
         self._loop.restart([0], {name: np.array([value]) for name, value in known.items()}, fixed=[lacking])
         self._settings: dict[str, Any] = {"total_epochs": total_epochs, "start": start, "max_factor": max_factor}

@@ -42,8 +42,9 @@ def momentum_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor |
 class GradientMeter:
     """Measures gradient statistics through an optimizer's step hook.
 
-    Sums stay on the parameters' device; nothing is synchronized until `finish`. Keeps one copy of the parameters. What
-    cannot be measured (sparse gradients; steps with a closure, whose gradients do not exist yet) is left out.
+    Sums stay on the parameters' device; nothing is synchronized until `finish`. Keeps one copy of the parameters. Where
+    a step is given a closure (Lightning does that), the gradients are measured after its first call. Those that cannot
+    be measured (sparse ones) are left out.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -106,11 +107,28 @@ class GradientMeter:
         pairs = {p: self._start[p] for p in self._parameters() if p in self._start}
         return {p: s for p, s in pairs.items() if (p.device, p.dtype, p.shape) == (s.device, s.dtype, s.shape)}
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         measured = self._steps % MEASURE_EVERY == 0
         self._steps += 1
-        if measured and not any(callable(argument) for argument in (*args, *kwargs.values())):
+        closures = [argument for argument in (*args, *kwargs.values()) if callable(argument)]
+        if measured and not closures:
             self._measure(optimizer)
+        if not measured or not closures:
+            return None
+        closure, pending = closures[0], True
+
+        def then_measured() -> Any:
+            nonlocal pending
+            loss = closure()
+            if pending:
+                pending = False
+                self._measure(optimizer)
+            return loss
+
+        swap = {id(closure): then_measured}
+        return tuple(swap.get(id(a), a) for a in args), {name: swap.get(id(a), a) for name, a in kwargs.items()}
 
     @torch.no_grad()
     def _measure(self, optimizer: torch.optim.Optimizer) -> None:

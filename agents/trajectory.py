@@ -161,15 +161,17 @@ class Trajectory:
 def _interpolated(name: str, values: list[float], at: NDArray[np.float64], to: NDArray[np.float64]) -> list[float]:
     """`values` at the shares `at` of a run, at the shares `to`: never outside of what was recorded, which may lie below
     the control's own range."""
-    low, high = min(values), max(values)
-    if low == high:
-        return [low] * len(to)
     control = CONTROLS[name]
-    multiple = control.multiple if all(value % control.multiple == 0 for value in values if control.multiple) else 1
-    highest = high if control.scale == "log" else min(high, 1 - _TINY)
-    scale = replace(control, low=max(low, _TINY), high=highest, multiple=multiple)
-    found = scale.from_scale(np.interp(to, at, scale.to_scale(np.asarray(values))))
-    return [float(value) for value in np.clip(found, low, high)]
+    low, high = max(min(values), _TINY), max(values)
+    if control.scale == "logit":
+        high = min(high, 1 - _TINY)
+    if not low < high:
+        return values[:1] * len(to)
+    multiple = control.multiple
+    if multiple and any(value % multiple for value in values):  # a user's own sizes
+        multiple = 1
+    scale = replace(control, low=low, high=high, multiple=multiple)
+    return [float(value) for value in scale.from_scale(np.interp(to, at, scale.to_scale(np.asarray(values))))]
 
 
 def _plain(value: Any) -> Any:

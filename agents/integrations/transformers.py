@@ -44,8 +44,8 @@ class TunerCallback(TrainerCallback):
     behind this one. The Trainer puts those of `report_to` in front, so give them yourself to see the values there:
     `report_to="none"` and `callbacks=[TunerCallback(), TensorBoardCallback()]`.
 
-    Checkpoints contain the tuner's state, as `tuner.safetensors` (without the guard's snapshot where that is too large
-    for one file). A run that is resumed from one that was written after an evaluation is the uninterrupted one.
+    Checkpoints contain the tuner's state, as `tuner.safetensors`. A run that is resumed from one that was written after
+    an evaluation is the uninterrupted one.
 
     Args:
         policy: file of the policy that decides; the one that ships with the package when None.

@@ -104,6 +104,7 @@ def test_interpolated_by_hand() -> None:
         ("lr", [1e-3, 1e-9]),
         ("lr", [1e-3, 0.0]),
         ("lr", [0.0, 0.0]),
+        ("lr", [1e-13, 1e-15]),
         ("lr", [5.0, 1e-3]),
         ("batch_size", [3.0, 7.0]),
         ("batch_size", [20.0, 20.0]),
@@ -208,7 +209,7 @@ def test_what_is_let_through_can_be_used(trajectory: Trajectory) -> None:
     """Entries changed at random: a clear refusal, or a trajectory that replays at any length and can be saved again."""
     rng = random.Random(0)
     let_through = 0
-    for _ in range(1500):
+    for _ in range(800):
         payload = {"format": "hyperpilot-trajectory", "format_version": FORMAT_VERSION, **asdict(trajectory)}
         _change(payload, rng)
         found = _read(json.dumps(payload))
@@ -220,7 +221,7 @@ def test_what_is_let_through_can_be_used(trajectory: Trajectory) -> None:
             for values in found.values_for(length).values():
                 assert len(values) == length
                 assert all(math.isfinite(value) and value >= 0 for value in values)
-    assert 100 < let_through < 1400
+    assert 50 < let_through < 750
 
 
 def _read(text: str) -> Trajectory | None:

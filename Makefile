@@ -24,7 +24,7 @@ check: install
 	$(PYTHON) -m mypy
 
 docs: install
-	$(PYTHON) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 benchmark: install
 	$(PYTHON) scripts/benchmark.py --device $(DEVICE) --json benchmarks/$(DEVICE).json

@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ import numpy as np
 import stable_baselines3
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import HParam, TensorBoardOutputFormat, configure
+from stable_baselines3.common.logger import TensorBoardOutputFormat, configure
 from stable_baselines3.common.utils import set_random_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
 
 from hpo_env.base_schedules import calibrated_rule
 from hpo_env.observations import FEATURES
 from inner_models.splits import datasets_of
 
+from .board import ABOUT, BEST_LOG_RATIO, META_TRAINING_TAGS, TRAINING_HPARAMS, about, write_hparams
 from .checkpoints import Checkpoint, Checkpoints
 from .files import CONFIG_FILE, only_writer, write_atomically
 from .meta_validation import MetaValidation, Score
@@ -42,21 +44,6 @@ UNSEEN_VARIANCE = 1e-6
 POLICY_FILE = "policy.safetensors"
 
 _log = logging.getLogger("hyperpilot")
-
-CURVES = {
-    "meta_validation/log_ratio_to_calibrated": "ln(final validation loss of the calibrated schedule / of the policy), "
-    "interquartile mean over meta-validation tasks x seeds; above 0 the policy is better. It chooses the checkpoint.",
-    "meta_validation/return": "fall of ln(validation loss) over a run, mean over meta-validation tasks and seeds",
-    "meta_validation_log_ratio/*": "the same task by task, mean over seeds",
-    "inner/final_val_loss": "validation loss at the end of the inner trainings that ended in this rollout, mean",
-    "inner/diverged_share": "share of them that diverged",
-    "control/*_mean": "value that the policy gave the control, geometric mean over inner trainings",
-    "rollout/ep_rew_mean": "fall of ln(validation loss) over an inner training, mean over the last 100",
-    "rollout/ep_len_mean": "length of an inner training, in intervals",
-    "time/fps": "decisions a second",
-    "train/*": "PPO's own losses and statistics (see stable-baselines3)",
-}
-"""TensorBoard tag -> meaning and unit. The horizontal axis counts decisions."""
 
 
 @dataclass(frozen=True)
@@ -274,18 +261,23 @@ class _Callback(BaseCallback):
         self._average()
         if self._last_validation != self.num_timesteps:
             self._meta_validate()
-        shown = {"seed": self.run_seed, **{k: v for k, v in asdict(self.config).items() if isinstance(v, int | float)}}
-        metrics = {"meta_validation/best_log_ratio_to_calibrated": float(self.best)}
-        self.logger.record("hparams", HParam(shown, metrics), exclude=("stdout",))
-        self.logger.record("meta_validation/best_log_ratio_to_calibrated", float(self.best))
         self.logger.dump(self.num_timesteps)
+        tasks = self.config.tasks
+        hparams = {
+            "method": "meta-training",
+            "task": f"{len(datasets_of(tasks))} data sets",
+            "optimizer": ", ".join(sorted(set(tasks.optimizers))),
+            "seed": self.run_seed,
+            **{f"training/{name}": getattr(self.config, name) for name in TRAINING_HPARAMS},
+        }
+        for writer in self._writers():
+            write_hparams(writer, hparams, {BEST_LOG_RATIO: float(self.best)}, self.num_timesteps)
         self._save()
 
     def _save(self) -> None:
         """Write a checkpoint, with the sizes of the event files as they are now."""
-        for output in self.logger.output_formats:
-            if isinstance(output, TensorBoardOutputFormat):
-                output.writer.flush()
+        for writer in self._writers():
+            writer.flush()
         state = {
             "arrangement": [self.device, self.config.workers if self.device == "cpu" else 0],
             "model": self.model.state_dict(),
@@ -294,11 +286,12 @@ class _Callback(BaseCallback):
         }
         self._checkpoints.save(self.num_timesteps, state)
 
+    def _writers(self) -> list[SummaryWriter]:
+        return [output.writer for output in self.logger.output_formats if isinstance(output, TensorBoardOutputFormat)]
+
     def _explain_curves(self) -> None:
-        lines = [f"- `{tag}`: {meaning}" for tag, meaning in CURVES.items()]
-        for output in self.logger.output_formats:
-            if isinstance(output, TensorBoardOutputFormat):
-                output.writer.add_text("about/curves", "\n".join(lines))
+        for writer in self._writers():
+            writer.add_text(ABOUT, about(META_TRAINING_TAGS, "decisions"))
 
     def _meta_validate(self) -> None:
         self._last_validation = self.num_timesteps

@@ -55,7 +55,7 @@ class Replay:
     Raises:
         ValueError: bad arguments, or a trajectory without a finished epoch; the message names the value.
 
-    Example:
+    Examples:
         >>> tuner.trajectory.save("trajectory.json")  # doctest: +SKIP
         >>> replay = Replay.load("trajectory.json", optimizer, model=model, total_epochs=30)  # doctest: +SKIP
         >>> for epoch in range(30):  # doctest: +SKIP

@@ -19,6 +19,9 @@ from hpo_env.hyperparameters import CONTROLS
 from .files import write_atomically
 from .untrusted import Check, anything, integer, items, number, one_of, read_json, read_regular, shown, table, text
 
+TRAJECTORY_FILE = "trajectory.json"
+"""Name of the file in a run's folder."""
+
 FORMAT = "hyperpilot-trajectory"
 FORMAT_VERSION = 1
 MAX_EPOCHS = 100_000

@@ -83,7 +83,7 @@ class Tuner:
         ValueError: bad arguments; the message names the value.
         PolicyError: the policy needs a signal that the run does not give.
 
-    Example:
+    Examples:
         >>> tuner = Tuner.pretrained(optimizer, model=model, total_epochs=30)  # doctest: +SKIP
         >>> for epoch in range(30):  # doctest: +SKIP
         ...     train_loss, val_loss = train_one_epoch(), validate()

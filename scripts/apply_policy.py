@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from agents.application import MakeController, Run, following, train
+from agents.application import MakeController, Run, RunController, following, train
+from agents.board import ABOUT, RUN_RESULTS, RUN_TAGS, about, group_values, write_decision, write_epoch, write_hparams
 from agents.controllers import with_policy
 from agents.policy import ControlPolicy
 from agents.schedules import BASELINES
-from agents.tuner import pretrained_path
+from agents.trajectory import TRAJECTORY_FILE
+from agents.tuner import Tuner, pretrained_path
 from hpo_env.hyperparameters import CONTROLS
-from inner_models.signals import SIGNALS
 from inner_models.tasks import OptimizerName, Task
 from scripts.common import (
+    Quiet,
     check_device,
     check_out,
     console,
@@ -31,15 +34,18 @@ from scripts.common import (
 
 RESULT_FILE = "result.json"
 
-ABOUT_CURVES = "\n".join(
-    [f"- `inner/{name}`: {meaning}" for name, meaning in SIGNALS.items()]
-    + ["- `control/*`: the hyperparameter's value over the epoch", "- horizontal axis: epochs"]
-)
-
 
 @dataclass
-class Config:
-    """Apply a saved policy to a training run that it has never seen, beside the usual baselines."""
+class Config(Quiet):
+    """Apply a saved policy to a training run that it has never seen, beside the usual baselines.
+
+    Needs the extra `data` for most data sets; iris, wine, digits and the procedural ones come without. Leaves
+    result.json, for each method TensorBoard events, and the policy's trajectory.json, which `inspect_policy.py --run`
+    explains. Takes seconds on small tables, minutes on images.
+
+        python scripts/apply_policy.py --task iris/mlp --epochs 20 --out runs/iris
+        python scripts/apply_policy.py --task letter/mlp --policy runs/default/policy.safetensors --out runs/letter
+    """
 
     task: str
     """What to train: <data set>/<model>, such as letter/mlp."""
@@ -86,20 +92,62 @@ def compare(
     with progress_bar(f"training {task.name}", task.horizon * len(methods)) as update:
         for index, (name, attach) in enumerate(methods.items()):
             with SummaryWriter(str(out / name)) as writer:
-                writer.add_text("about/curves", ABOUT_CURVES)
+                if not index:
+                    writer.add_text(ABOUT, about(RUN_TAGS, "epochs"))
                 runs[name] = train(
                     task,
-                    attach,
+                    watched(attach, writer),
                     seed,
                     device=device,
                     writer=writer,
                     report=lambda epoch, done=index * task.horizon, name=name: update(done + epoch, name),  # type: ignore[misc]
                 )
+                hparams = {"method": name, "task": task.name, "optimizer": task.optimizer}
+                numbers = {"seed": seed, "epochs": task.horizon}
+                write_hparams(writer, {**hparams, **numbers}, results(runs[name]), task.horizon)
     for name, run in runs.items():
         if name.startswith("policy"):
             console.print(epoch_table(name, run))
     console.print(summary_table(task, runs, seed))
     return {name: run.to_dict() for name, run in runs.items()}
+
+
+class _Watched:
+    """A controller that has its parameter groups' values written, and if it is a tuner, its reasons and trajectory."""
+
+    def __init__(self, controller: RunController, optimizer: torch.optim.Optimizer, writer: SummaryWriter) -> None:
+        self._controller, self._optimizer, self._writer = controller, optimizer, writer
+        self._epoch, self._told = 1, 0
+        self._tell()
+
+    @property
+    def hyperparameters(self) -> dict[str, float]:
+        return self._controller.hyperparameters
+
+    def step(self, *, train_loss: float, val_loss: float | None = None) -> None:
+        write_epoch(self._writer, self._epoch, {}, {}, group_values(self._optimizer))
+        self._controller.step(train_loss=train_loss, val_loss=val_loss)
+        self._epoch += 1
+        self._tell()
+        if isinstance(self._controller, Tuner) and self._controller.epoch == self._controller.total_epochs:
+            self._controller.trajectory.save(Path(self._writer.log_dir) / TRAJECTORY_FILE)
+
+    def _tell(self) -> None:
+        history = getattr(self._controller, "history", [])
+        for decision in history[self._told :]:
+            write_decision(self._writer, decision["epoch"] + 1, decision["reason"])
+        self._told = len(history)
+
+
+def watched(attach: MakeController, writer: SummaryWriter) -> MakeController:
+    """`attach`, with what `train` does not see going to TensorBoard, too."""
+    return lambda run: _Watched(attach(run), run.optimizer, writer)
+
+
+def results(run: Run) -> dict[str, float]:
+    """TensorBoard's tags of a run's results -> values."""
+    figures = (run.val_loss[-1], min(run.val_loss), run.test_loss, run.final_test_loss)
+    return dict(zip(RUN_RESULTS, figures, strict=True))
 
 
 def epoch_table(name: str, run: Run) -> Table:
@@ -120,9 +168,8 @@ def summary_table(task: Task, runs: Mapping[str, Run], seed: int) -> Table:
         table.add_column(heading, justify="left" if heading == "method" else "right")
     winner = min(runs, key=lambda name: runs[name].val_loss[-1])
     for name, run in runs.items():
-        figures = (run.val_loss[-1], min(run.val_loss), run.test_loss, run.final_test_loss)
         style = "bold" if name == winner else None
-        table.add_row(name, *(f"{figure:.4f}" for figure in figures), f"{run.seconds:.1f}", style=style)
+        table.add_row(name, *(f"{figure:.4f}" for figure in results(run).values()), f"{run.seconds:.1f}", style=style)
     return table
 
 

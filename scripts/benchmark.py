@@ -22,7 +22,7 @@ from scripts.benchmarking.processes import Crew, cores
 from scripts.benchmarking.provenance import provenance
 from scripts.benchmarking.speed import Setting, compare
 from scripts.benchmarking.tuner import overhead
-from scripts.common import check_device, console, known, progress_bar, run_main, write_json
+from scripts.common import Quiet, check_device, console, known, progress_bar, run_main, write_json
 
 HORIZON = 100
 REPLICAS = {"cpu": (1, 8, 32, 128, 512), "cuda": (1, 8, 32, 128, 512, 2048, 8192)}
@@ -31,8 +31,15 @@ MIN_PAIRS = 15
 
 
 @dataclass
-class Config:
-    """Measure the engine, meta-training and the tuner. Takes 8 to 10 minutes on 2 cores; leave them alone."""
+class Config(Quiet):
+    """Measure the engine, meta-training and the tuner.
+
+    Prints a table and, with --json, leaves all figures with their provenance. Takes 8 to 10 minutes on 2 cores; leave
+    them alone meanwhile.
+
+        python scripts/benchmark.py --json benchmarks/cpu.json
+        python scripts/benchmark.py --tasks digits/linear digits/mlp --replicas 8 32 --repeats 1 --iterations 1
+    """
 
     device: str = "cpu"
     """Where the engine trains: cpu (one process a core) or cuda (one process)."""
@@ -116,7 +123,7 @@ def _command(config: Config) -> str:
     words = ["python scripts/benchmark.py"]
     for field in fields(config):
         value = getattr(config, field.name)
-        if value != field.default:
+        if value != field.default and field.name != "quiet":
             values = value if isinstance(value, tuple) else (value.name if isinstance(value, Path) else value,)
             words += [f"--{field.name}", *map(str, values)]
     return " ".join(words)

@@ -8,9 +8,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import torch
 import tyro
@@ -23,6 +23,17 @@ from inner_models.names import unknown
 console = Console(soft_wrap=False, width=None if Console().is_terminal else 140)
 
 Config = TypeVar("Config")
+
+registry = tyro.constructors.ConstructorRegistry()
+"""How tyro reads options; see `_choice`."""
+
+
+@dataclass(kw_only=True)
+class Quiet:
+    """A script that can be told not to talk."""
+
+    quiet: bool = False
+    """Show no progress, tables or hints: errors and warnings stay, and so do the files."""
 
 
 def fail(message: str) -> NoReturn:
@@ -44,12 +55,29 @@ def run_main(config: type[Config], main: Callable[[Config], None]) -> None:
     terminated."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        main(tyro.cli(config))
+        settings = tyro.cli(config, registry=registry)
+        console.quiet = isinstance(settings, Quiet) and settings.quiet
+        main(settings)
     except (ValueError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
+
+
+@registry.primitive_rule
+def _choice(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[str] | None:
+    """A `Literal` of strings, whose error suggests the nearest."""
+    names = get_args(info.type) if get_origin(info.type) is Literal else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(names)}}}",
+        instance_from_str=lambda given: known("choice", given[0], list(names)),
+        is_instance=lambda value: value in names,
+        str_from_instance=lambda value: [value],
+    )
 
 
 def known(what: str, name: str, names: list[str]) -> str:
@@ -93,7 +121,11 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar: the yielded function takes what is done and a remark. Plain lines where there is no terminal."""
+    """A progress bar: the yielded function takes what is done and a remark. Plain lines where there is no terminal,
+    nothing where the script is quiet."""
+    if console.quiet:
+        yield lambda done, remark: None
+        return
     if not console.is_terminal:
         shown = ""
 
@@ -115,7 +147,7 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int, str], 
 
 
 def tensorboard_hint(folder: Path) -> str:
-    """How to look at the events in `folder`, with the TensorBoard that is installed beside this Python."""
-    program = Path(sys.executable).with_name("tensorboard")
-    shown = os.path.relpath(program) if program.is_relative_to(Path.cwd()) else "tensorboard"
-    return f"look at the curves: {shown} --logdir {folder}"
+    """How to look at the events in `folder`."""
+    python = Path(sys.executable)
+    shown = os.path.relpath(python) if python.is_relative_to(Path.cwd()) else "python"
+    return f"look at the curves: {shown} scripts/show.py --logdir {folder}"

@@ -20,9 +20,11 @@ from agents.tuner import pretrained_path
 from inner_models.splits import META_TRAIN, datasets_of
 from inner_models.tasks import Task
 from scripts.common import (
+    Quiet,
     check_device,
     check_out,
     console,
+    known,
     progress_bar,
     run_main,
     tensorboard_hint,
@@ -41,11 +43,15 @@ def default_cache() -> Path:
 
 
 @dataclass
-class Config:
+class Config(Quiet):
     """Judge a policy: its runs, those of every baseline and control, a bank of random-search trials, and searches.
 
-    What has been run is kept in the cache and never run again: interrupt it, and the same command goes on; another
-    policy on the same tasks reuses everything that does not depend on the policy.
+    Needs the extras `compare` and `data`. Leaves tables.md, figures, result.json, CSV and TensorBoard events. Takes six
+    minutes on 2 cores, an hour and a half with --budget full. What has been run is kept in the cache and never run
+    again: interrupt it, and the same command goes on; another policy on the same tasks takes one or two minutes.
+
+        python scripts/evaluate.py --policy runs/default/policy.safetensors --out runs/judged
+        python scripts/evaluate.py --tasks concrete --seeds 2 --bank 16 --out runs/glance
     """
 
     out: Path
@@ -169,8 +175,10 @@ def _tasks(config: Config) -> list[Task]:
         return list(split)
     chosen = []
     for name in config.tasks:
-        known = [task for task in split if name in (task.name, task.dataset)]
-        chosen += known or [Task.named(name)]
+        found = [task for task in split if name in (task.name, task.dataset)]
+        if not found and "/" not in name:
+            known("task or data set", name, sorted({own for task in split for own in (task.name, task.dataset)}))
+        chosen += found or [Task.named(name)]
     return list(dict.fromkeys(chosen))
 
 

@@ -15,15 +15,13 @@ from agents.inspection import Importance, Inspection, inspect
 from agents.measures import Interval
 from agents.policy import ControlPolicy
 from agents.schedules import optional
-from agents.trajectory import Trajectory
+from agents.trajectory import TRAJECTORY_FILE, Trajectory
 from agents.tuner import pretrained_path
 from hpo_env.hyperparameters import CONTROLS
 from scripts.common import Quiet, check_device, check_out, console, progress_bar, run_main, write_config, write_json
 from scripts.evaluate import default_cache
 from scripts.reporting.inspection_plots import write, write_run
 from scripts.reporting.tables import Sheet
-
-TRAJECTORY_FILE = "trajectory.json"
 
 SEEDS = {"quick": 2, "default": 5}
 

@@ -15,13 +15,20 @@ from agents.policy import ControlPolicy
 from agents.scale import OTHERS, Point, measure
 from agents.tuner import pretrained_path
 from inner_models.tasks import Task
-from scripts.common import check_device, console, known, progress_bar, run_main, write_json
+from scripts.common import Quiet, check_device, console, known, progress_bar, run_main, write_json
 from scripts.evaluate import default_cache
 
 
 @dataclass
-class Config:
-    """Measure a policy against the calibrated schedule, the base rule and AdamW's defaults at points of an axis."""
+class Config(Quiet):
+    """Measure a policy against the calibrated schedule, the base rule and AdamW's defaults at points of an axis.
+
+    Needs the packages of the extra `data`. Leaves a JSON file and prints its tables, for people and as Markdown. Takes
+    from minutes to an hour on 2 cores, in proportion to the points, tasks and seeds; what has been run is kept in the
+    cache.
+
+        python scripts/measure_scale.py --axis width --values 0.5 1 2 --tasks concrete/mlp --seeds 2 --json width.json
+    """
 
     json: Path
     """File for the figures."""
@@ -67,7 +74,7 @@ def main(config: Config) -> None:
     for line in lines:
         table.add_row(*line)
     console.print(table)
-    print(f"\n{_markdown([head, *lines])}\n\n{_markdown(_by_task(rows))}")
+    console.out(f"\n{_markdown([head, *lines])}\n\n{_markdown(_by_task(rows))}", highlight=False)
     provenance = {
         "policy": policy.digest,
         "split": config.split,

@@ -13,6 +13,7 @@ from agents.policy import ControlPolicy
 from agents.ppo import POLICY_FILE, Progress, meta_train, validation_history
 from agents.presets import PRESETS, effective_config
 from scripts.common import (
+    Quiet,
     check_device,
     check_out,
     console,
@@ -25,13 +26,22 @@ from scripts.common import (
 
 
 @dataclass
-class Config:
-    """Meta-train a policy with PPO. However it ends, `--resume` goes on from the newest checkpoint, exactly."""
+class Config(Quiet):
+    """Meta-train a policy with PPO, across many small training runs.
+
+    Needs the packages of the extra `data`. Leaves policy.safetensors (the best by meta-validation), the effective
+    settings, checkpoints and TensorBoard events. However it ends, `--resume` goes on from the newest checkpoint,
+    exactly.
+
+        python scripts/train_agent.py --preset smoke --out runs/tiny
+        python scripts/train_agent.py --preset default --out runs/default --resume
+    """
 
     out: Path
     """Folder for policy.safetensors, config.json, checkpoints and TensorBoard events."""
     preset: str = "default"
-    """smoke (under a minute on 2 cores), demo (a few minutes) or default (about half an hour)."""
+    """smoke (under a minute on 2 cores, to see that all works), demo (a few minutes, to be watched) or default (about
+    half an hour, to be used)."""
     seed: int = 0
     """Fixes initial weights, tasks and all noise."""
     device: str = "cpu"

@@ -47,7 +47,7 @@ class TunerCallback(pl.Callback):
         ValueError: when `fit` starts: the length of the run is not known, it has several optimizers, or a learning rate
             scheduler besides the tuner. At the end of an epoch: there is no metric of the given name.
 
-    Example:
+    Examples:
         >>> tuned = TunerCallback(monitor="val_loss")  # doctest: +SKIP
         >>> pl.Trainer(max_epochs=30, callbacks=[tuned]).fit(module, train_loader, val_loader)  # doctest: +SKIP
     """

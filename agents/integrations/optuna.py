@@ -33,7 +33,7 @@ class TrialTuner(Tuner):
     Raises:
         ValueError: the study does not minimize one objective; and as in `Tuner`.
 
-    Example:
+    Examples:
         >>> def objective(trial):  # doctest: +SKIP
         ...     model = build(width=trial.suggest_int("width", 16, 256, log=True))
         ...     optimizer = torch.optim.AdamW(model.parameters())

@@ -60,7 +60,7 @@ class TunerCallback(TrainerCallback):
         ValueError: an argument that is not for the user to give; in `Trainer.train`, if nothing is evaluated, `monitor`
             is not among the metrics, the schedule cannot be set aside, or a resumed run has no state of a tuner.
 
-    Example:
+    Examples:
         >>> trainer = Trainer(model, args, callbacks=[TunerCallback()], ...)  # doctest: +SKIP
     """
 

@@ -117,7 +117,7 @@ class Tuner:
             raise ValueError(f"max_factor must be above 1, not {max_factor}")
         examples = None if examples_per_epoch is None else count("examples_per_epoch", examples_per_epoch)
         ranks = world_size(model)
-        batches = count("batches_per_step", batches_per_step) * ranks
+        self._batches = batches = count("batches_per_step", batches_per_step) * ranks
         if examples is None and loader is not None and (rows := examples_in(loader)):
             examples = rows * ranks
         check_run(policy, optimizer, signals)
@@ -157,6 +157,7 @@ class Tuner:
         self.history: list[dict[str, Any]] = []
         self._epochs: list[dict[str, Any]] = []
         self._examples = examples
+        self._written: dict[str, float] = {}
         if examples is not None:
             self._loop.tell_examples(float(examples * total_epochs))
         self._decide(known, None)
@@ -212,7 +213,8 @@ class Tuner:
         if missing:
             self._notices.tell("missing", "epoch %d: %s not measured", self.epoch + 1, " and ".join(missing))
         used = self._moved(self.hyperparameters)
-        batch = self._batch_size.batch_size if self._batch_size else ASSUMED_BATCH
+        self._warn_if_overwritten(used)
+        batch = self._batch_size.batch_size if self._batch_size else ASSUMED_BATCH * self._batches
         if self._meter.steps:
             self._loop.tell_examples(float(self._meter.steps * batch * self.total_epochs))
         measured = {**averaged(self._meter.finish(), self._model), **losses}
@@ -230,7 +232,7 @@ class Tuner:
             else:
                 self._apply(self._loop.values_at(self._intervals.progress))
         elif verdict:
-            self._binding.write({"lr": self.hyperparameters["lr"] * LOWERED})
+            self._set({"lr": self.hyperparameters["lr"] * LOWERED})
         if self.epoch > self.total_epochs:
             self._notices.tell("over", "more epochs than total_epochs=%d: values stay as they are", self.total_epochs)
         return self.hyperparameters
@@ -302,7 +304,7 @@ class Tuner:
         self._intervals, self._guard = intervals, guard
         self._verdict = state["verdict"]
         self._binding.shares = copy.deepcopy(state["shares"])
-        self._binding.write(state["hyperparameters"])
+        self._set(state["hyperparameters"])
         self.history, self._epochs = copy.deepcopy(state["history"]), copy.deepcopy(state["epochs"])
         self._meter.begin()
         if state["policy"] != self.policy.digest:
@@ -381,8 +383,24 @@ class Tuner:
 
     def _apply(self, values: Mapping[str, Array]) -> dict[str, float]:
         chosen = self._moved(values)
-        self._binding.write(chosen)
+        self._set(chosen)
         return chosen
+
+    def _set(self, values: Mapping[str, float]) -> None:
+        self._binding.write(values)
+        self._written = {**self._written, **values}
+
+    def _warn_if_overwritten(self, used: Mapping[str, float]) -> None:
+        # A rate may be a tensor of float32.
+        others = [name for name, value in used.items() if not math.isclose(value, self._written[name], rel_tol=1e-6)]
+        if others:
+            self._notices.tell(
+                "overwritten",
+                "epoch %d was trained with %s, not with what the tuner had set: something else, a scheduler perhaps, "
+                "sets it too; remove that, or leave it out of controls",
+                self.epoch + 1,
+                " and ".join(f"{name} {used[name]:g}" for name in others),
+            )
 
     def _write(self, signals: Mapping[str, float], used: Mapping[str, float]) -> None:
         """Write an epoch that is over, and the decision that it began with, if it began with one."""

@@ -27,6 +27,9 @@ SIGNALS: dict[str, str] = {
 }
 """Name -> meaning. Missing or unmeasurable values are NaN."""
 
+_LEFT_OUT = -1.0
+"""In place of the products of a step that did not take place: what it was is not known without synchronization."""
+
 _MOMENTUM_KEYS = ("exp_avg", "momentum_buffer")
 
 
@@ -74,12 +77,9 @@ class GradientMeter:
             torch._foreach_sub_(moved, parameters)  # `begin` fills them anew
         distance, size = torch.stack([_norm(moved), _norm(parameters)]).tolist()
         products = _together(self._products).tolist() if self._products else []
-        norms = [math.sqrt(gg) for gg, _, _ in products]
-        cosines = [
-            gm / max(math.sqrt(gg) * math.sqrt(mm), 1e-12)
-            for (gg, mm, gm), measured in zip(products, self._with_cosine, strict=True)
-            if measured
-        ]
+        taken = [pair for pair in zip(products, self._with_cosine, strict=True) if pair[0][0] != _LEFT_OUT]
+        norms = [math.sqrt(gg) for (gg, _, _), _ in taken]
+        cosines = [gm / max(math.sqrt(gg) * math.sqrt(mm), 1e-12) for (gg, mm, gm), measured in taken if measured]
         mean = _mean(norms)
         signals = {
             "grad_norm": mean,
@@ -142,12 +142,14 @@ class GradientMeter:
             parts = _together([*_norms([*gradients, *momenta]), *dots]).view(3, -1)
         else:
             parts = functional.pad(_together(_norms(gradients))[None], (0, 0, 0, 2))
-        # A fused optimizer under a GradScaler undoes the scale itself, inside its step.
-        scale = getattr(optimizer, "grad_scale", None)
+        # A fused optimizer under a GradScaler undoes the scale, or leaves out the step, itself, inside its step.
+        scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if scale is not None:
             parts[::2] /= scale.to(parts)
         parts[:2].square_()
         self._products.append(parts.sum(1))
+        if overflow is not None:
+            self._products[-1].masked_fill_(overflow.to(parts.device) > 0, _LEFT_OUT)
         # In the run's first step there is no momentum yet: the cosine is 0.
         self._with_cosine.append(len(momenta) == len(pairs) or not optimizer.state)
 

@@ -129,3 +129,27 @@ def test_too_much_is_said() -> None:
         attached(DataLoader(DATA, batch_size=8), batch_size=8)
     with pytest.raises(ValueError, match="batches_per_step must be at least 1 and whole, not 0"):
         attached(DataLoader(DATA, batch_size=8), batches_per_step=0)
+
+
+def test_batches_of_a_step_count_where_the_batch_size_is_not_known() -> None:
+    rates = []
+    for batches in (1, 8):
+        run = Loop()
+        tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=6, batches_per_step=batches)
+        run.epoch(0)
+        tuner.step(train_loss=1.0, val_loss=1.0)
+        rates.append(tuner.history[1]["observation"][3])  # of how long the run is
+    assert rates[1] > rates[0]
+
+
+def test_who_else_sets_the_rate_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    run = Loop()
+    tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=6)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(run.optimizer, patience=0)
+    for epoch in range(4):
+        tuner.step(train_loss=1.0, val_loss=1.0)
+        if epoch:
+            scheduler.step(1.0)
+    (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert message.startswith("epoch 4 was trained with lr ")
+    assert "a scheduler perhaps" in message

@@ -149,7 +149,7 @@ class ControlLoop:
         self._shifts = np.zeros(size)
         self._lr_scale = np.ones(runs)
         self._fixed = np.full(size, np.nan)
-        self._set_values()
+        self._rebase()
 
     def restart(
         self,
@@ -179,7 +179,7 @@ class ControlLoop:
             for name, value in names.items():
                 self._fixed[row, _INDEX[name]] = value
         state.available[rows] = np.isnan(self._fixed[rows])
-        self._set_values()
+        self._rebase()
 
     def tell_examples(self, examples: float) -> bool:
         """The training examples of a whole run, for the runs where they were not known: their base follows.
@@ -190,7 +190,7 @@ class ControlLoop:
         unknown = np.isnan(self.state.examples)
         if unknown.any():
             self.state.examples[unknown] = examples
-            self._set_values()
+            self._rebase()
         return bool(unknown.any())
 
     def observe(self) -> NDArray[np.float32]:
@@ -214,7 +214,7 @@ class ControlLoop:
         actions = np.asarray(actions, np.float64)
         state.actions = np.where(state.available & ~np.isnan(actions), np.clip(actions, -1, 1), 0)
         first = state.telemetry.interval == 0
-        state.offsets = move(state.offsets, state.actions, first, self._peaks()[0], self._max_factor)
+        state.offsets = move(state.offsets, state.actions, first, self._base, self._max_factor)
         if to_base is not None:
             state.offsets[to_base] = 0
         self._set_values(progress)
@@ -274,7 +274,7 @@ class ControlLoop:
         self.state.examples, self._shifts = arrays["examples"], arrays["shifts"]
         self._lr_scale = arrays["lr_scale"]
         self.state.telemetry.load(arrays["interval"], {name: arrays[f"history/{name}"] for name in SIGNALS})
-        self._set_values()
+        self._rebase()
         self.state.values = arrays["values"]
 
     def values(self) -> dict[str, Array]:
@@ -291,14 +291,17 @@ class ControlLoop:
         self._set_values(progress)
         return self.values()
 
-    def _peaks(self) -> tuple[dict[str, Array], dict[str, Array]]:
-        """The base values, the learning rate at its peak, and the rule's, `[runs]` each."""
+    def _rebase(self) -> None:
+        """Set the base values, the learning rate at its peak, and how far they are from the rule's."""
         rule = self.rule.peaks(self.state.examples, self.state.parameters)
         if self.given is None:
             base = rule
         else:
             base = {name: np.full(len(self._shifts), getattr(self.given, name)) for name in CONTROLS}
-        return apply_offsets(base, self._shifts), rule
+        self._base = apply_offsets(base, self._shifts)
+        away = [control.to_scale(self._base[name]) - control.to_scale(rule[name]) for name, control in CONTROLS.items()]
+        self._away = np.stack(away, axis=1)
+        self._set_values()
 
     def _set_values(self, progress: float | None = None) -> None:
         telemetry, state = self.state.telemetry, self.state
@@ -306,9 +309,7 @@ class ControlLoop:
             at = (np.minimum(telemetry.interval, telemetry.horizon - 1) + 0.5) / telemetry.horizon
         else:
             at = np.full(len(state.offsets), progress)
-        base, rule = self._peaks()
-        away = [control.to_scale(base[name]) - control.to_scale(rule[name]) for name, control in CONTROLS.items()]
-        state.distances = state.offsets + np.stack(away, axis=1)
-        base["lr"] = base["lr"] * self._lr_scale * shape(at, (self.given or self.rule).warmup)
-        moved = apply_offsets(base, state.offsets, self._max_factor)
+        state.distances = state.offsets + self._away
+        lr = self._base["lr"] * self._lr_scale * shape(at, (self.given or self.rule).warmup)
+        moved = apply_offsets({**self._base, "lr": lr}, state.offsets, self._max_factor)
         state.values = np.where(state.available, np.stack([moved[name] for name in CONTROLS], axis=1), self._fixed)

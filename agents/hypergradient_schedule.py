@@ -1,0 +1,380 @@
+"""Schedules learned by differentiating the validation loss through unrolled training.
+
+Maclaurin, Duvenaud and Adams 2015 (arXiv:1502.03492); reverse mode as in Franceschi et al. 2017 (arXiv:1703.01785),
+cut into windows of K steps: the state goes from one window into the next as a constant. A short window does not see
+what a step costs later, so that the rates learned through it are too small (Wu et al. 2018, arXiv:1803.02021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from hpo_env.hyperparameters import CONTROLS, Binding, Hyperparameter
+from inner_models.datasets import Split
+from inner_models.models import build_model
+from inner_models.sampling import MICRO_BATCH, draw_order
+from inner_models.tasks import Loss, OptimizerName, Task, elementwise_loss, prepare
+from inner_models.training import Training
+from inner_models.updates import BETA2, EPS
+
+from .application import Controller, RunController, Runs
+from .schedules import Listed
+
+KINDS = ("linear", "mlp", "autoencoder", "cnn")
+"""Models whose gradients can be differentiated once more, many replicas at once."""
+
+LEARNED: dict[str, Hyperparameter] = {
+    "lr": CONTROLS["lr"],
+    "weight_decay": CONTROLS["weight_decay"],
+    "momentum": Hyperparameter("momentum", 0.01, 0.999, "logit"),
+}
+"""What is learned, on its own scale; momentum is AdamW's first beta."""
+
+
+@dataclass(frozen=True)
+class LearnedSchedule:
+    """Values at equally spaced points of a run, the first at its start and the last at its end; linear in between on
+    each one's scale (log, logit). The engine moves no momentum: `attach` leaves it out, `EveryStep` sets it.
+
+    Attributes:
+        lr, weight_decay, momentum: equally many values each; one is a constant.
+    """
+
+    lr: tuple[float, ...]
+    weight_decay: tuple[float, ...]
+    momentum: tuple[float, ...]
+    batch_size: int = MICRO_BATCH
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.lr or len({len(getattr(self, name)) for name in LEARNED}) != 1:
+            raise ValueError(f"{', '.join(LEARNED)} must have equally many values, at least one")
+        for name, kind in LEARNED.items():
+            for value in getattr(self, name):
+                if not kind.low <= value <= kind.high:
+                    raise ValueError(f"{name} must lie in {kind.low:g}..{kind.high:g}, not be {value}")
+        if self.batch_size < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(f"batch_size must be positive and dropout in 0..1, not {self.batch_size}, {self.dropout}")
+
+    @classmethod
+    def constant(
+        cls, lr: float = 1e-3, weight_decay: float = 0.01, momentum: float = 0.9, *, knots: int = 6, **others: Any
+    ) -> LearnedSchedule:
+        """What learning begins with; torch's AdamW unless told otherwise."""
+        return cls((lr,) * knots, (weight_decay,) * knots, (momentum,) * knots, **others)
+
+    @property
+    def scaled(self) -> Tensor:
+        """`[3, knots]`, in units of the scales of `LEARNED`."""
+        rows = [kind.to_scale(np.array(getattr(self, name))) for name, kind in LEARNED.items()]
+        return torch.from_numpy(np.stack(rows)).float()
+
+    def with_scaled(self, scaled: Tensor) -> LearnedSchedule:
+        """The inverse of `scaled`, clipped to the ranges."""
+        rows = zip(LEARNED.items(), scaled.detach().double().numpy(), strict=True)
+        return replace(self, **{name: tuple(kind.from_scale(row).tolist()) for (name, kind), row in rows})
+
+    def at(self, progress: float) -> dict[str, float]:
+        """Values of `LEARNED` at `progress`, 0..1 of the run."""
+        found = self.scaled.double().numpy() @ hats(torch.tensor([progress]), len(self.lr))[:, 0].double().numpy()
+        return {name: float(kind.from_scale(value)) for (name, kind), value in zip(LEARNED.items(), found, strict=True)}
+
+    def attach(self, runs: Runs) -> Controller:
+        fixed = {"batch_size": float(self.batch_size), "dropout": self.dropout}
+        horizon = runs.task.horizon
+        return Listed([self.at((interval + 0.5) / horizon) | fixed for interval in range(horizon)], runs.runs)
+
+
+@dataclass(frozen=True)
+class EveryStep:
+    """A learned schedule on a torch run, momentum and all, set anew before every step of the optimizer."""
+
+    schedule: LearnedSchedule
+
+    def __call__(self, run: Training) -> RunController:
+        return _EveryStep(self.schedule, run)
+
+
+class _EveryStep:
+    def __init__(self, schedule: LearnedSchedule, run: Training) -> None:
+        self._schedule, self._taken = schedule, 0
+        self._binding = Binding(run.optimizer, run.model, run.batch_sampler)
+        fixed = {"batch_size": schedule.batch_size, "dropout": schedule.dropout}
+        self._binding.write({name: value for name, value in fixed.items() if name in self._binding.available})
+        self._steps = run.task.horizon * len(run.batch_sampler)
+        run.optimizer.register_step_pre_hook(self._before)
+        self._set(run.optimizer)
+
+    def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._set(optimizer)
+        self._taken += 1
+
+    def _set(self, optimizer: torch.optim.Optimizer) -> None:
+        values = self._schedule.at(min(1.0, (self._taken + 0.5) / self._steps))
+        momentum = values.pop("momentum")
+        self._binding.write({name: value for name, value in values.items() if name in self._binding.available})
+        for group in optimizer.param_groups:
+            if "betas" in group:
+                group["betas"] = (momentum, group["betas"][1])
+            else:
+                group["momentum"] = momentum
+
+    @property
+    def hyperparameters(self) -> dict[str, float]:
+        return self._binding.read()
+
+    def step(self, *, train_loss: float, val_loss: float | None = None) -> None: ...
+
+
+def hats(progress: Tensor, knots: int) -> Tensor:
+    """Weight of each knot at `progress` `[steps]`, `[knots, steps]`: piecewise linear, 1 at the knot itself."""
+    return (1 - (progress * (knots - 1) - torch.arange(knots)[:, None]).abs()).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the inner loop trains.
+
+    Attributes:
+        build: the model, its initial weights drawn from a generator.
+        train, val: what is trained on, and what is differentiated.
+        steps: optimizer steps of a whole run.
+    """
+
+    build: Callable[[torch.Generator], nn.Module]
+    train: Split
+    val: Split
+    loss: Loss
+    steps: int
+    optimizer: OptimizerName = "adamw"
+
+    @classmethod
+    def of(cls, task: Task, batch_size: int) -> Problem:
+        """A task without its test split.
+
+        Raises:
+            ValueError: a model that cannot be differentiated twice, an unknown data set.
+        """
+        if task.model.kind not in KINDS:
+            raise ValueError(f"{task.name} cannot be unrolled: its model must be one of {', '.join(KINDS)}")
+        data = prepare(task)
+        steps = task.horizon * -(-data.interval_examples // batch_size)
+
+        def build(generator: torch.Generator) -> nn.Module:
+            return build_model(task.model, data.dataset, generator)
+
+        return cls(build, data.dataset.train, data.dataset.val, data.loss, steps, task.optimizer)
+
+
+class State(NamedTuple):
+    """Weights of all replicas and what the optimizer remembers of their gradients, `[replicas, parameters]` each."""
+
+    weights: Tensor
+    first: Tensor
+    second: Tensor
+
+
+class Unrolled:
+    """Replicas of a problem, trained step by step such that the hyperparameters can be differentiated.
+
+    Args:
+        generator: initial weights, row order and dropout masks; equal ones give equal runs.
+    """
+
+    def __init__(self, problem: Problem, schedule: LearnedSchedule, replicas: int, generator: torch.Generator) -> None:
+        self.problem, self._batch_size = problem, schedule.batch_size
+        models = [problem.build(generator) for _ in range(replicas)]
+        self._model = models[0]
+        for module in self._model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = schedule.dropout
+        self._parameters = dict(self._model.named_parameters())
+        weights = torch.stack([nn.utils.parameters_to_vector(model.parameters()).detach() for model in models])
+        self.start = State(weights, torch.zeros_like(weights), torch.zeros_like(weights))
+        self._sizes = [p.numel() for p in self._parameters.values()]
+        self._decays = torch.cat([torch.full((p.numel(),), float(p.ndim >= 2)) for p in self._parameters.values()])
+        self.mask_seed = int(torch.randint(2**62, (), generator=generator))
+        rng = np.random.default_rng(self.mask_seed)
+        examples = problem.steps * self._batch_size
+        orders = [draw_order(len(problem.train), examples, rng) for _ in range(replicas)]
+        self._rows = torch.from_numpy(np.stack(orders)).view(replicas, problem.steps, self._batch_size)
+
+    def run(self, scaled: Tensor, state: State, first: int, steps: int) -> State:
+        """Steps `first` .. `first + steps` of the run.
+
+        Args:
+            scaled: the schedule of each replica, `[replicas, 3, knots]` (`LearnedSchedule.scaled`).
+        """
+        middle = (torch.arange(first, first + steps) + 0.5) / self.problem.steps
+        values = (scaled @ hats(middle, scaled.shape[-1])).unbind(1)
+        rates, decays, momenta = values[0].exp(), values[1].exp(), values[2].sigmoid()
+        gradient = vmap(grad(self._loss), randomness="different")
+        self._model.train()
+        for step in range(steps):
+            rows = self._rows[:, first + step]
+            slopes = gradient(state.weights, self.problem.train.inputs[rows], self.problem.train.targets[rows])
+            rate, decay, momentum = (value[:, step, None] for value in (rates, decays, momenta))
+            update = adamw if self.problem.optimizer == "adamw" else sgd
+            state = update(state, slopes, rate, decay * self._decays, momentum, first + step + 1)
+        return state
+
+    def val_loss(self, state: State) -> Tensor:
+        """`[replicas]`, dropout off."""
+        self._model.eval()
+        losses: Tensor = vmap(self._loss, in_dims=(0, None, None))(
+            state.weights, self.problem.val.inputs, self.problem.val.targets
+        )
+        return losses
+
+    def _loss(self, weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        parts = zip(self._parameters.items(), weights.split(self._sizes), strict=True)
+        named = {name: part.view(parameter.shape) for (name, parameter), part in parts}
+        return elementwise_loss(functional_call(self._model, named, (inputs,)), targets, self.problem.loss).mean()
+
+
+def adamw(state: State, slopes: Tensor, lr: Tensor, decay: Tensor, momentum: Tensor, step: int) -> State:
+    """A step as `torch.optim.AdamW` takes it, as a function: of lr `[replicas, 1]` and the like, in what follows too.
+
+    Args:
+        decay: `[replicas, parameters]`, 0 where weight decay does not act.
+        step: 1 for the first.
+    """
+    first = state.first + (slopes - state.first) * (1 - momentum)
+    second = state.second + (slopes.square() - state.second) * (1 - BETA2)
+    # A weight that never had a gradient has a root of 0, whose slope is infinite.
+    root = (second / (1 - BETA2**step) + 1e-30).sqrt() + EPS
+    return State(state.weights * (1 - lr * decay) - lr * first / (1 - momentum**step) / root, first, second)
+
+
+def sgd(state: State, slopes: Tensor, lr: Tensor, decay: Tensor, momentum: Tensor, step: int) -> State:
+    """A step as `torch.optim.SGD` takes it; arguments as for `adamw`."""
+    first = state.first * momentum + slopes + decay * state.weights
+    return State(state.weights - lr * first, first, state.second)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How schedules are learned.
+
+    Attributes:
+        updates: hypergradient steps, each of whole runs of one problem.
+        unroll: K, the steps of a window; None for the whole run.
+        replicas: runs of the problem, with their own initial weights and data order.
+        lr: Adam's learning rate for log lr and the like; it falls linearly to 0.
+        learned: which of `LEARNED` move.
+        clip: norm to which the hypergradient of a replica in a window is clipped.
+        memory: GiB that a window may take.
+    """
+
+    updates: int = 40
+    unroll: int | None = None
+    replicas: int = 8
+    lr: float = 0.2
+    learned: tuple[str, ...] = ("lr", "weight_decay")
+    clip: float = 1.0
+    memory: float = 8.0
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "replicas"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if self.unroll is not None and self.unroll < 1:
+            raise ValueError(f"unroll must be 1 step or more, not {self.unroll}; leave it out for the whole run")
+        if min(self.lr, self.clip, self.memory) <= 0:
+            raise ValueError(f"lr, clip and memory must be positive, not {self.lr}, {self.clip} and {self.memory}")
+        if not self.learned or not set(self.learned) <= set(LEARNED):
+            raise ValueError(f"learned must be some of {', '.join(LEARNED)}, not {', '.join(self.learned) or 'none'}")
+
+
+def hypergradient(
+    runs: Unrolled, scaled: Tensor, unroll: int | None = None, clip: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """d log(validation loss at the end of a window) / d scaled, mean over the windows of a run.
+
+    Every K costs the same inner steps; only what a window sees of the future differs.
+
+    Args:
+        scaled: `[3, knots]`.
+        unroll, clip: as in `Config`.
+
+    Returns:
+        `[replicas, 3, knots]`, zeros where a replica has none that is finite, and the last log losses, `[replicas]`.
+    """
+    total, state, windows = torch.zeros(len(runs.start.weights), *scaled.shape), runs.start, 0
+    with torch.random.fork_rng(devices=[]):  # vmap draws dropout's masks from the global generator
+        torch.manual_seed(runs.mask_seed)
+        for first in range(0, runs.problem.steps, unroll or runs.problem.steps):
+            own = scaled.detach().expand_as(total).clone().requires_grad_()
+            steps = min(unroll or runs.problem.steps, runs.problem.steps - first)
+            state = runs.run(own, State(*(part.detach() for part in state)), first, steps)
+            losses = runs.val_loss(state).log()
+            (slope,) = torch.autograd.grad(losses.sum(), own)
+            norm = slope.flatten(1).norm(dim=1)[:, None, None]
+            total += torch.where(norm.isfinite(), slope * (clip / norm.clamp(min=clip)), 0.0)
+            windows += 1
+    return total / windows, losses.detach()
+
+
+def learn(
+    draw: Callable[[int], Problem],
+    start: LearnedSchedule,
+    config: Config,
+    generator: torch.Generator,
+    report: Callable[[int, float], None] = lambda update, loss: None,
+) -> tuple[LearnedSchedule, int]:
+    """Learn a schedule on the problems that `draw` gives, from that of `start`. On the one problem of a new task it is
+    how a schedule is adapted to it.
+
+    Args:
+        draw: the problem of an update, by its number.
+        report: called after each update with its number and the mean of the last log losses.
+
+    Returns:
+        The schedule, and the inner steps that it took, of all replicas together.
+
+    Raises:
+        ValueError: no replica's loss is finite any more.
+        MemoryError: the unrolled window does not fit.
+    """
+    scaled = start.scaled.requires_grad_()
+    mask = torch.tensor([[float(name in config.learned)] for name in LEARNED])
+    optimizer = torch.optim.Adam([scaled], config.lr)
+    decline = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, config.updates)
+    taken = 0
+    for update in range(config.updates):
+        problem = draw(update)
+        runs = Unrolled(problem, start, config.replicas, generator)
+        _check_memory(runs, config)
+        slopes, losses = hypergradient(runs, scaled, config.unroll, config.clip)
+        if not losses.isfinite().any():
+            raise ValueError(f"no replica's validation loss is finite in update {update}; begin with a lower lr")
+        scaled.grad = slopes.mean(0) * mask
+        optimizer.step()
+        decline.step()
+        with torch.no_grad():  # what the ranges cut off would have no effect, nor a way back
+            scaled.copy_(start.with_scaled(scaled).scaled)
+        taken += problem.steps * config.replicas
+        report(update + 1, losses[losses.isfinite()].mean().item())
+    return start.with_scaled(scaled), taken
+
+
+COPIES = {"adamw": 16, "sgd": 6}
+"""Numbers that a step keeps for the way back, for each parameter; those of the activations come on top."""
+
+
+def _check_memory(runs: Unrolled, config: Config) -> None:
+    """torch would go on until the system ends the process."""
+    steps = min(config.unroll or runs.problem.steps, runs.problem.steps)
+    needed = 4 * COPIES[runs.problem.optimizer] * steps * runs.start.weights.numel() / 2**30
+    if needed > config.memory:
+        raise MemoryError(
+            f"windows of {steps} steps take at least {needed:.1f} GiB and may take {config.memory:g}; lower unroll or "
+            "replicas, or raise memory"
+        )

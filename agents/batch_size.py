@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sized
 from typing import Any
 
@@ -23,11 +24,12 @@ class BatchSize:
         batches_per_step: batches that make one optimizer step, over all processes.
 
     Attributes:
-        batch_size: rows of one optimizer step; what it is set to is rounded to whole batches.
+        batch_size: rows of one optimizer step. What it is set to is rounded to whole batches, and never so large that a
+            sampler that drops a last batch drops all.
     """
 
     def __init__(self, batch_size: int, batches_per_step: int = 1) -> None:
-        self._rows, self._batches = batch_size, batches_per_step
+        self._rows, self._batches, self._most = batch_size, batches_per_step, sys.maxsize
         self.samplers: list[HasBatchSize] = []
 
     @property
@@ -36,12 +38,15 @@ class BatchSize:
 
     @batch_size.setter
     def batch_size(self, value: int) -> None:
-        self._rows = max(1, round(value / self._batches))
+        self._rows = min(max(1, round(value / self._batches)), self._most)
         for sampler in self.samplers:
             sampler.batch_size = self._rows
 
     def follow(self, sampler: HasBatchSize) -> None:
         """Have `sampler` take over the batch size, now and from now on."""
+        if getattr(sampler, "drop_last", False) and (rows := _rows(sampler)):
+            self._most = min(self._most, rows)
+            self._rows = min(self._rows, rows)
         sampler.batch_size = self._rows
         self.samplers.append(sampler)
 
@@ -77,10 +82,14 @@ def settable(loader: Loader) -> data.BatchSampler | BatchSampler | None:
 
 def examples_in(loader: Loader) -> int | None:
     """Examples in one pass over `loader` (of this process), where that is known."""
-    sampler: Any = loader.batch_sampler
+    return _rows(loader.batch_sampler, loader.dataset)
+
+
+def _rows(sampler: Any, otherwise: Any = None) -> int | None:
+    """Rows in one pass of a batch sampler; of one that is neither torch's nor ours, those of `otherwise`."""
     if isinstance(sampler, BatchSampler):
         return sampler.examples
-    rows = sampler.sampler if isinstance(sampler, data.BatchSampler) else loader.dataset
+    rows = sampler.sampler if isinstance(sampler, data.BatchSampler) else otherwise
     try:
         return len(rows) if isinstance(rows, Sized) else None
     except (TypeError, NotImplementedError):  # a data set that inherits a __len__ which it cannot answer

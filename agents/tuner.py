@@ -388,7 +388,7 @@ class Tuner:
 
     def _set(self, values: Mapping[str, float]) -> None:
         self._binding.write(values)
-        self._written = {**self._written, **values}
+        self._written = self.hyperparameters
 
     def _warn_if_overwritten(self, used: Mapping[str, float]) -> None:
         # A rate may be a tensor of float32.

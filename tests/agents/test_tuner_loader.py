@@ -153,3 +153,12 @@ def test_who_else_sets_the_rate_is_noticed(caplog: pytest.LogCaptureFixture) -> 
     (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert message.startswith("epoch 4 was trained with lr ")
     assert "a scheduler perhaps" in message
+
+
+def test_no_epoch_is_dropped_whole() -> None:
+    loader = DataLoader(TensorDataset(torch.arange(100.0)), batch_size=16, drop_last=True)
+    tuner = attached(loader)
+    for _ in range(3):
+        assert sizes(loader) == [100]  # the policy asked for more
+        tuner.step(train_loss=1.0, val_loss=1.0)
+    assert tuner.hyperparameters["batch_size"] == 100

@@ -85,7 +85,7 @@ class WithPolicy:
     record: bool = False
 
     def attach(self, cohort: Cohort) -> Controller:
-        return _Attached(self, cohort)
+        return Attached(self, cohort)
 
 
 def with_policy(policy: ControlPolicy) -> MakeController:
@@ -106,7 +106,9 @@ def with_policy(policy: ControlPolicy) -> MakeController:
     return attach
 
 
-class _Attached:
+class Attached:
+    """A policy on a cohort: the controller of `WithPolicy`."""
+
     def __init__(self, method: WithPolicy, cohort: Cohort) -> None:
         self._method, self._cohort = method, cohort
         task = cohort.task

@@ -22,11 +22,10 @@ from inner_models.tasks import Task
 
 from .application import Cohort, Controller, Run
 from .cells import Cell, Store, run_cells
-from .controllers import MEASURED, Elsewhere, WithPolicy, _Attached
+from .controllers import MEASURED, Attached, Elsewhere, WithPolicy
 from .evaluation import labels
 from .measures import Interval, capped, interquartile_mean, log_ratio, mean
-from .policy import _CONSTANT as CONSTANT
-from .policy import ControlPolicy
+from .policy import CONSTANT, ControlPolicy
 from .reasons import GROUPS
 
 Members = NDArray[np.bool_]
@@ -181,7 +180,7 @@ class Permuted(WithPolicy):
         return _Permuted(self, cohort)
 
 
-class _Permuted(_Attached):
+class _Permuted(Attached):
     def _seen(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
         assert isinstance(self._method, Permuted)
         assert isinstance(self._method.sees, Elsewhere)

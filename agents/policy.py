@@ -20,7 +20,8 @@ from .untrusted import read_regular, shown
 __all__ = ["OBSERVATION_CLIP", "ControlPolicy", "PolicyError", "PolicyHeader"]
 
 OBSERVATION_CLIP = 5.0
-_CONSTANT = 1e-3
+CONSTANT = 1e-3
+"""A feature whose range in meta-training is no wider than this never varied there."""
 _LARGEST_WEIGHT = 1e6
 """Far above what training gives, and small enough that no activation overflows."""
 
@@ -76,7 +77,7 @@ class ControlPolicy(nn.Module):
             observation: `[runs, features]`.
         """
         ranges = self.header.trained_ranges
-        varied = {name: pair for name, pair in ranges.items() if pair[1] - pair[0] > _CONSTANT}
+        varied = {name: pair for name, pair in ranges.items() if pair[1] - pair[0] > CONSTANT}
         known = [index for index, name in enumerate(self.header.features) if name in varied]
         low, high = np.array([varied[self.header.features[index]] for index in known]).reshape(-1, 2).T
         seen, width = observation[:, known], high - low

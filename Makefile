@@ -16,7 +16,7 @@ demo: install
 	$(PYTHON) scripts/demo.py
 
 test: install
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 check: install
 	$(PYTHON) -m ruff check

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
 from typing import Any
+
+# Before torch is imported: the models here are too small for a second thread, which other tests can use.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

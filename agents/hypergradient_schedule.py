@@ -9,26 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch import Tensor
 
+from hpo_env.base_schedules import calibrated
 from hpo_env.hyperparameters import CONTROLS, Binding, Hyperparameter
-from inner_models.datasets import Split
-from inner_models.models import build_model
-from inner_models.sampling import MICRO_BATCH, draw_order
-from inner_models.tasks import Loss, OptimizerName, Task, elementwise_loss, prepare
-from inner_models.training import Training
-from inner_models.updates import BETA2, EPS
+from inner_models.sampling import MICRO_BATCH
+from inner_models.tasks import OptimizerName
+from inner_models.training import SGD_MOMENTUM, Training
 
 from .application import Controller, RunController, Runs
-from .schedules import Listed
-
-KINDS = ("linear", "mlp", "autoencoder", "cnn")
-"""Models whose gradients can be differentiated once more, many replicas at once."""
+from .schedules import DEFAULTS, Listed
+from .unrolled import Problem, State, Unrolled, hats
 
 LEARNED: dict[str, Hyperparameter] = {
     "lr": CONTROLS["lr"],
@@ -45,6 +40,7 @@ class LearnedSchedule:
 
     Attributes:
         lr, weight_decay, momentum: equally many values each; one is a constant.
+        optimizer: whose hyperparameters they are.
     """
 
     lr: tuple[float, ...]
@@ -52,6 +48,7 @@ class LearnedSchedule:
     momentum: tuple[float, ...]
     batch_size: int = MICRO_BATCH
     dropout: float = 0.0
+    optimizer: OptimizerName = "adamw"
 
     def __post_init__(self) -> None:
         if not self.lr or len({len(getattr(self, name)) for name in LEARNED}) != 1:
@@ -64,11 +61,12 @@ class LearnedSchedule:
             raise ValueError(f"batch_size must be positive and dropout in 0..1, not {self.batch_size}, {self.dropout}")
 
     @classmethod
-    def constant(
-        cls, lr: float = 1e-3, weight_decay: float = 0.01, momentum: float = 0.9, *, knots: int = 6, **others: Any
-    ) -> LearnedSchedule:
-        """What learning begins with; torch's AdamW unless told otherwise."""
-        return cls((lr,) * knots, (weight_decay,) * knots, (momentum,) * knots, **others)
+    def untrained(cls, optimizer: OptimizerName = "adamw", knots: int = 6) -> LearnedSchedule:
+        """What learning begins with: the usual defaults, constant; batch size and dropout, which are not learned, are
+        the calibrated schedule's."""
+        moving, fixed = DEFAULTS[optimizer], calibrated(optimizer)
+        rates, decays, momenta = ((value,) * knots for value in (moving.lr, moving.weight_decay, SGD_MOMENTUM))
+        return cls(rates, decays, momenta, int(fixed.batch_size), fixed.dropout, optimizer)
 
     @property
     def scaled(self) -> Tensor:
@@ -79,14 +77,21 @@ class LearnedSchedule:
     def with_scaled(self, scaled: Tensor) -> LearnedSchedule:
         """The inverse of `scaled`, clipped to the ranges."""
         rows = zip(LEARNED.items(), scaled.detach().double().numpy(), strict=True)
-        return replace(self, **{name: tuple(kind.from_scale(row).tolist()) for (name, kind), row in rows})
+        values: dict[str, Any] = {name: tuple(kind.from_scale(row).tolist()) for (name, kind), row in rows}
+        return replace(self, **values)
 
     def at(self, progress: float) -> dict[str, float]:
         """Values of `LEARNED` at `progress`, 0..1 of the run."""
         found = self.scaled.double().numpy() @ hats(torch.tensor([progress]), len(self.lr))[:, 0].double().numpy()
         return {name: float(kind.from_scale(value)) for (name, kind), value in zip(LEARNED.items(), found, strict=True)}
 
+    def check(self, optimizer: str) -> None:
+        """Raise a ValueError unless the values are for this optimizer."""
+        if optimizer != self.optimizer:
+            raise ValueError(f"the schedule was learned for {self.optimizer}, and means nothing to {optimizer}")
+
     def attach(self, runs: Runs) -> Controller:
+        self.check(runs.task.optimizer)
         fixed = {"batch_size": float(self.batch_size), "dropout": self.dropout}
         horizon = runs.task.horizon
         return Listed([self.at((interval + 0.5) / horizon) | fixed for interval in range(horizon)], runs.runs)
@@ -104,6 +109,7 @@ class EveryStep:
 
 class _EveryStep:
     def __init__(self, schedule: LearnedSchedule, run: Training) -> None:
+        schedule.check(run.task.optimizer)
         self._schedule, self._taken = schedule, 0
         self._binding = Binding(run.optimizer, run.model, run.batch_sampler)
         fixed = {"batch_size": schedule.batch_size, "dropout": schedule.dropout}
@@ -133,132 +139,6 @@ class _EveryStep:
     def step(self, *, train_loss: float, val_loss: float | None = None) -> None: ...
 
 
-def hats(progress: Tensor, knots: int) -> Tensor:
-    """Weight of each knot at `progress` `[steps]`, `[knots, steps]`: piecewise linear, 1 at the knot itself."""
-    return (1 - (progress * (knots - 1) - torch.arange(knots)[:, None]).abs()).clamp(min=0)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What the inner loop trains.
-
-    Attributes:
-        build: the model, its initial weights drawn from a generator.
-        train, val: what is trained on, and what is differentiated.
-        steps: optimizer steps of a whole run.
-    """
-
-    build: Callable[[torch.Generator], nn.Module]
-    train: Split
-    val: Split
-    loss: Loss
-    steps: int
-    optimizer: OptimizerName = "adamw"
-
-    @classmethod
-    def of(cls, task: Task, batch_size: int) -> Problem:
-        """A task without its test split.
-
-        Raises:
-            ValueError: a model that cannot be differentiated twice, an unknown data set.
-        """
-        if task.model.kind not in KINDS:
-            raise ValueError(f"{task.name} cannot be unrolled: its model must be one of {', '.join(KINDS)}")
-        data = prepare(task)
-        steps = task.horizon * -(-data.interval_examples // batch_size)
-
-        def build(generator: torch.Generator) -> nn.Module:
-            return build_model(task.model, data.dataset, generator)
-
-        return cls(build, data.dataset.train, data.dataset.val, data.loss, steps, task.optimizer)
-
-
-class State(NamedTuple):
-    """Weights of all replicas and what the optimizer remembers of their gradients, `[replicas, parameters]` each."""
-
-    weights: Tensor
-    first: Tensor
-    second: Tensor
-
-
-class Unrolled:
-    """Replicas of a problem, trained step by step such that the hyperparameters can be differentiated.
-
-    Args:
-        generator: initial weights, row order and dropout masks; equal ones give equal runs.
-    """
-
-    def __init__(self, problem: Problem, schedule: LearnedSchedule, replicas: int, generator: torch.Generator) -> None:
-        self.problem, self._batch_size = problem, schedule.batch_size
-        models = [problem.build(generator) for _ in range(replicas)]
-        self._model = models[0]
-        for module in self._model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = schedule.dropout
-        self._parameters = dict(self._model.named_parameters())
-        weights = torch.stack([nn.utils.parameters_to_vector(model.parameters()).detach() for model in models])
-        self.start = State(weights, torch.zeros_like(weights), torch.zeros_like(weights))
-        self._sizes = [p.numel() for p in self._parameters.values()]
-        self._decays = torch.cat([torch.full((p.numel(),), float(p.ndim >= 2)) for p in self._parameters.values()])
-        self.mask_seed = int(torch.randint(2**62, (), generator=generator))
-        rng = np.random.default_rng(self.mask_seed)
-        examples = problem.steps * self._batch_size
-        orders = [draw_order(len(problem.train), examples, rng) for _ in range(replicas)]
-        self._rows = torch.from_numpy(np.stack(orders)).view(replicas, problem.steps, self._batch_size)
-
-    def run(self, scaled: Tensor, state: State, first: int, steps: int) -> State:
-        """Steps `first` .. `first + steps` of the run.
-
-        Args:
-            scaled: the schedule of each replica, `[replicas, 3, knots]` (`LearnedSchedule.scaled`).
-        """
-        middle = (torch.arange(first, first + steps) + 0.5) / self.problem.steps
-        values = (scaled @ hats(middle, scaled.shape[-1])).unbind(1)
-        rates, decays, momenta = values[0].exp(), values[1].exp(), values[2].sigmoid()
-        gradient = vmap(grad(self._loss), randomness="different")
-        self._model.train()
-        for step in range(steps):
-            rows = self._rows[:, first + step]
-            slopes = gradient(state.weights, self.problem.train.inputs[rows], self.problem.train.targets[rows])
-            rate, decay, momentum = (value[:, step, None] for value in (rates, decays, momenta))
-            update = adamw if self.problem.optimizer == "adamw" else sgd
-            state = update(state, slopes, rate, decay * self._decays, momentum, first + step + 1)
-        return state
-
-    def val_loss(self, state: State) -> Tensor:
-        """`[replicas]`, dropout off."""
-        self._model.eval()
-        losses: Tensor = vmap(self._loss, in_dims=(0, None, None))(
-            state.weights, self.problem.val.inputs, self.problem.val.targets
-        )
-        return losses
-
-    def _loss(self, weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        parts = zip(self._parameters.items(), weights.split(self._sizes), strict=True)
-        named = {name: part.view(parameter.shape) for (name, parameter), part in parts}
-        return elementwise_loss(functional_call(self._model, named, (inputs,)), targets, self.problem.loss).mean()
-
-
-def adamw(state: State, slopes: Tensor, lr: Tensor, decay: Tensor, momentum: Tensor, step: int) -> State:
-    """A step as `torch.optim.AdamW` takes it, as a function: of lr `[replicas, 1]` and the like, in what follows too.
-
-    Args:
-        decay: `[replicas, parameters]`, 0 where weight decay does not act.
-        step: 1 for the first.
-    """
-    first = state.first + (slopes - state.first) * (1 - momentum)
-    second = state.second + (slopes.square() - state.second) * (1 - BETA2)
-    # A weight that never had a gradient has a root of 0, whose slope is infinite.
-    root = (second / (1 - BETA2**step) + 1e-30).sqrt() + EPS
-    return State(state.weights * (1 - lr * decay) - lr * first / (1 - momentum**step) / root, first, second)
-
-
-def sgd(state: State, slopes: Tensor, lr: Tensor, decay: Tensor, momentum: Tensor, step: int) -> State:
-    """A step as `torch.optim.SGD` takes it; arguments as for `adamw`."""
-    first = state.first * momentum + slopes + decay * state.weights
-    return State(state.weights - lr * first, first, state.second)
-
-
 @dataclass(frozen=True)
 class Config:
     """How schedules are learned.
@@ -269,16 +149,16 @@ class Config:
         replicas: runs of the problem, with their own initial weights and data order.
         lr: Adam's learning rate for log lr and the like; it falls linearly to 0.
         learned: which of `LEARNED` move.
-        clip: norm to which the hypergradient of a replica in a window is clipped.
+        clip: norm to which the hypergradient of a replica in a window is clipped, so that no task outweighs the others.
         memory: GiB that a window may take.
     """
 
     updates: int = 40
     unroll: int | None = None
-    replicas: int = 8
+    replicas: int = 4
     lr: float = 0.2
     learned: tuple[str, ...] = ("lr", "weight_decay")
-    clip: float = 1.0
+    clip: float = 0.1
     memory: float = 8.0
 
     def __post_init__(self) -> None:
@@ -294,7 +174,7 @@ class Config:
 
 
 def hypergradient(
-    runs: Unrolled, scaled: Tensor, unroll: int | None = None, clip: float = 1.0
+    runs: Unrolled, scaled: Tensor, unroll: int | None = None, clip: float = 0.1
 ) -> tuple[Tensor, Tensor]:
     """d log(validation loss at the end of a window) / d scaled, mean over the windows of a run.
 
@@ -307,7 +187,7 @@ def hypergradient(
     Returns:
         `[replicas, 3, knots]`, zeros where a replica has none that is finite, and the last log losses, `[replicas]`.
     """
-    total, state, windows = torch.zeros(len(runs.start.weights), *scaled.shape), runs.start, 0
+    total, state, windows = scaled.new_zeros(len(runs.start.weights), *scaled.shape), runs.start, 0
     with torch.random.fork_rng(devices=[]):  # vmap draws dropout's masks from the global generator
         torch.manual_seed(runs.mask_seed)
         for first in range(0, runs.problem.steps, unroll or runs.problem.steps):
@@ -317,7 +197,7 @@ def hypergradient(
             losses = runs.val_loss(state).log()
             (slope,) = torch.autograd.grad(losses.sum(), own)
             norm = slope.flatten(1).norm(dim=1)[:, None, None]
-            total += torch.where(norm.isfinite(), slope * (clip / norm.clamp(min=clip)), 0.0)
+            total += torch.where(norm.isfinite(), slope * (clip / norm).clamp(max=1), 0.0)
             windows += 1
     return total / windows, losses.detach()
 
@@ -350,8 +230,14 @@ def learn(
     taken = 0
     for update in range(config.updates):
         problem = draw(update)
-        runs = Unrolled(problem, start, config.replicas, generator)
-        _check_memory(runs, config)
+        start.check(problem.optimizer)
+        runs = Unrolled(problem, config.replicas, generator)
+        steps = min(config.unroll or problem.steps, problem.steps)
+        if (needed := runs.gibibytes(steps)) > config.memory:  # torch would go on until the system ends the process
+            raise MemoryError(
+                f"windows of {steps} steps take at least {needed:.1f} GiB and may take {config.memory:g}; lower unroll "
+                "or replicas, or raise memory"
+            )
         slopes, losses = hypergradient(runs, scaled, config.unroll, config.clip)
         if not losses.isfinite().any():
             raise ValueError(f"no replica's validation loss is finite in update {update}; begin with a lower lr")
@@ -363,18 +249,3 @@ def learn(
         taken += problem.steps * config.replicas
         report(update + 1, losses[losses.isfinite()].mean().item())
     return start.with_scaled(scaled), taken
-
-
-COPIES = {"adamw": 16, "sgd": 6}
-"""Numbers that a step keeps for the way back, for each parameter; those of the activations come on top."""
-
-
-def _check_memory(runs: Unrolled, config: Config) -> None:
-    """torch would go on until the system ends the process."""
-    steps = min(config.unroll or runs.problem.steps, runs.problem.steps)
-    needed = 4 * COPIES[runs.problem.optimizer] * steps * runs.start.weights.numel() / 2**30
-    if needed > config.memory:
-        raise MemoryError(
-            f"windows of {steps} steps take at least {needed:.1f} GiB and may take {config.memory:g}; lower unroll or "
-            "replicas, or raise memory"
-        )

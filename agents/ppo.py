@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import stable_baselines3
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat, configure
+from stable_baselines3.common.logger import TensorBoardOutputFormat, configure
 from stable_baselines3.common.utils import set_random_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
@@ -171,35 +171,13 @@ def export(model: RolloutPPO, header: PolicyHeader) -> ControlPolicy:
     policy, actor = ControlPolicy(header), model.actor
     policy.mean.copy_(torch.from_numpy(actor.mean))
     policy.std.copy_(torch.from_numpy(actor.std))
-    own = linear_layers(policy.network)
-    for target, source in zip(own, actor_layers(model), strict=True):
+    extractor = model.policy.mlp_extractor.policy_net
+    linear = [m for m in [*extractor, model.policy.action_net] if isinstance(m, torch.nn.Linear)]
+    own = [m for m in policy.network if isinstance(m, torch.nn.Linear)]
+    for target, source in zip(own, linear, strict=True):
         target.load_state_dict(source.state_dict())
     own[0].weight.data[:, torch.from_numpy(model.obs_rms.var) < UNSEEN_VARIANCE] = 0
     return policy.eval()
-
-
-def linear_layers(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Linear]:
-    """The linear ones, as of a `ControlPolicy`'s network."""
-    return [module for module in modules if isinstance(module, torch.nn.Linear)]
-
-
-def actor_layers(model: RolloutPPO) -> list[torch.nn.Linear]:
-    """What becomes of a model's actor the linear layers of a `ControlPolicy`, in order."""
-    return linear_layers([*model.policy.mlp_extractor.policy_net, model.policy.action_net])
-
-
-def record_runs(logger: Logger, infos: Sequence[Mapping[str, Any]]) -> None:
-    """Log the controls in use, and the inner trainings that ended, of one step.
-
-    Args:
-        infos: of each environment (`CohortEnv.step`).
-    """
-    for info in infos:
-        if "final" in info:
-            logger.record_mean("inner/final_val_loss", float(info["final"]["val_loss"]))
-            logger.record_mean("inner/diverged_share", float(info["final"]["diverged"]))
-        for name, value in info.get("controls", {}).items():
-            logger.record_mean(f"control/{name}_mean", value)
 
 
 class _Callback(BaseCallback):
@@ -269,7 +247,12 @@ class _Callback(BaseCallback):
             self._save()
 
     def _on_step(self) -> bool:
-        record_runs(self.logger, self.locals["infos"])
+        for info in self.locals["infos"]:
+            if "final" in info:
+                self.logger.record_mean("inner/final_val_loss", float(info["final"]["val_loss"]))
+                self.logger.record_mean("inner/diverged_share", float(info["final"]["diverged"]))
+            for name, value in info.get("controls", {}).items():
+                self.logger.record_mean(f"control/{name}_mean", value)
         self._report(Progress(self.num_timesteps, self.config.timesteps))
         return True
 

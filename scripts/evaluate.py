@@ -31,8 +31,9 @@ from scripts.common import (
     write_config,
     write_json,
 )
+from scripts.reporting.drawing import save
 from scripts.reporting.files import write_csv, write_tensorboard
-from scripts.reporting.plots import figures, save
+from scripts.reporting.plots import figures
 from scripts.reporting.tables import markdown, overview
 
 

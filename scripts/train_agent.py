@@ -1,4 +1,5 @@
-"""Meta-train an agent across many small training runs; leave a policy file and TensorBoard events."""
+"""Meta-train an agent across many small training runs, or adapt one to a task; leave a policy file and TensorBoard
+events."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from agents.adaptation import ADAPTED_FILE, Settings, adapt
 from agents.checkpoints import Checkpoints
 from agents.files import CONFIG_FILE
 from agents.policy import ControlPolicy
 from agents.ppo import POLICY_FILE, Progress, meta_train, validation_history
 from agents.presets import PRESETS, effective_config
+from inner_models.tasks import Task
 from scripts.common import (
     Quiet,
     check_device,
@@ -35,6 +38,10 @@ class Config(Quiet):
 
         python scripts/train_agent.py --preset smoke --out runs/tiny
         python scripts/train_agent.py --preset default --out runs/default --resume
+
+    With `--adapt`, a finished policy goes on learning on one task instead. That is short and cannot be resumed.
+
+        python scripts/train_agent.py --adapt runs/tiny/policy.safetensors --task letter/mlp --out runs/letter
     """
 
     out: Path
@@ -49,10 +56,20 @@ class Config(Quiet):
     resume: bool = False
     """Go on from the newest checkpoint in the folder."""
     json: Path | None = None
-    """Also write the meta-validation history to this file."""
+    """Also write the meta-validation history to this file; with --adapt, by how much each cohort's loss fell."""
+    adapt: Path | None = None
+    """Policy file to adapt to --task."""
+    task: str | None = None
+    """With --adapt: what to adapt to, as <data set>/<model>, such as letter/mlp."""
+    episodes: int = Settings.episodes
+    """With --adapt: training runs of the task to learn from, rounded up to a multiple of 8 from there on."""
+    epochs: int = 30
+    """With --adapt: epochs in a run."""
 
 
 def main(config: Config) -> None:
+    if config.adapt or config.task:
+        return _adapt(config)
     preset = PRESETS[known("preset", config.preset, list(PRESETS))]
     check_device(config.device)
     if config.resume:
@@ -89,9 +106,46 @@ def main(config: Config) -> None:
         write_json(config.json, {"history": history, "scores": policy.header.scores})
 
 
+def _adapt(config: Config) -> None:
+    if config.adapt is None or config.task is None:
+        raise ValueError("--adapt and --task go together: a policy file, and the task to adapt it to")
+    if config.resume or config.preset != Config.preset:
+        raise ValueError("an adaptation has no preset, and is too short to be resumed: leave out --preset and --resume")
+    policy, settings = ControlPolicy.load(config.adapt), Settings(episodes=config.episodes)
+    task = Task.named(config.task, horizon=config.epochs)
+    check_device(config.device)
+    check_out(config.out)
+    history: list[dict[str, float]] = []
+    with progress_bar(f"adapting to {task.name}", settings.updates * settings.cohort) as update:
+
+        def report(runs: int, fall: float) -> None:
+            history.append({"episodes": runs, "return": fall})
+            update(runs, f"ln(validation loss) fell by {fall:.3f}")
+
+        given = {"command": command(config)}
+        adapt(
+            policy, task, config.out, settings, seed=config.seed, device=config.device, provenance=given, report=report
+        )
+    console.print(
+        f"policy: {config.out / ADAPTED_FILE} (adapted from {config.adapt}, {history[-1]['episodes']} episodes)"
+    )
+    first, last = history[0]["return"], history[-1]["return"]
+    console.print(
+        f"with exploration, ln(validation loss) fell by {first:.3f} in the first {settings.cohort} and by {last:.3f} "
+        f"in the last {settings.cohort} (docs/adaptation.md says how to judge it)"
+    )
+    console.print(tensorboard_hint(config.out), soft_wrap=True)
+    if config.json:
+        write_json(config.json, {"history": history})
+
+
 def command(config: Config) -> str:
     """The command line that gives this run."""
-    options = f"--preset {config.preset} --seed {config.seed} --device {config.device} --out {config.out.name}"
+    if config.adapt:
+        what = f"--adapt {config.adapt.name} --task {config.task} --episodes {config.episodes} --epochs {config.epochs}"
+    else:
+        what = f"--preset {config.preset}"
+    options = f"{what} --seed {config.seed} --device {config.device} --out {config.out.name}"
     return f"python scripts/train_agent.py {options}"
 
 

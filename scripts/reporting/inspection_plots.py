@@ -13,7 +13,7 @@ from agents.inspection import ALL_MEASURED, Inspection
 from agents.schedules import optional
 from agents.trajectory import Trajectory
 from hpo_env.hyperparameters import CONTROLS
-from scripts.reporting.plots import _LABELS, POLICY, _legend, _log_axis, _panels, _paper, _powers_of_two, save
+from scripts.reporting.drawing import LABELS, POLICY, legend, log_axis, paper, powers_of_two, save, subplots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,13 +54,13 @@ def _save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     return paths
 
 
-@_paper
+@paper
 def response_grid(inspection: Inspection) -> Figure:
     """A panel a feature, the most important first, a line a control; shaded where the feature usually lies."""
     order = sorted(inspection.features, key=lambda name: -inspection.features[name].action.value)
     names = [*order, *(name for name in inspection.responses if name not in order)]
     rows = -(-len(names) // _COLUMNS)
-    figure, grid = _panels(rows, _COLUMNS, width=11.0, height=1.2 + 1.35 * rows, sharey=True)
+    figure, grid = subplots(rows, _COLUMNS, width=11.0, height=1.2 + 1.35 * rows, sharey=True)
     medians = np.concatenate([inspection.responses[name].actions[1].ravel() for name in names])
     limit = min(1.0, 1.1 * max(float(np.abs(medians).max()), 0.05))
     for axes in grid.flat[len(names) :]:
@@ -83,15 +83,15 @@ def response_grid(inspection: Inspection) -> Figure:
         "across: the feature's range in meta-training; shaded: where its middle 90 % lies in these runs\n"
         f"blind to: {', '.join(inspection.blind) or 'nothing'}",
     )
-    _legend(figure, grid.flat[0], columns=4)
+    legend(figure, grid.flat[0], columns=4)
     return figure
 
 
-@_paper
+@paper
 def importance_bars(inspection: Inspection) -> Figure:
     """Groups by the loss that they save and by the actions that they change, and below them single features."""
     groups = dict(sorted(inspection.groups.items(), key=lambda item: (item[0] == ALL_MEASURED, -item[1].action.value)))
-    figure, (panels,) = _panels(1, 2, width=9.0, height=1.4 + 0.24 * len(groups), sharey=True)
+    figure, (panels,) = subplots(1, 2, width=9.0, height=1.4 + 0.24 * len(groups), sharey=True)
     _bars(panels[0], {name: (i.action.value, i.action.low, i.action.high) for name, i in groups.items()}, POLICY)
     panels[0].set_xlabel("change of the actions, in -1..1")
     losses = {name: (i.loss.value, i.loss.low, i.loss.high) for name, i in groups.items() if i.loss is not None}
@@ -117,7 +117,7 @@ def _bars(axes: Any, figures: Mapping[str, tuple[float, float, float]], color: s
     axes.grid(axis="y", visible=False)
 
 
-@_paper
+@paper
 def decisions(trajectory: Trajectory) -> Figure:
     """Losses, the controls below them, and the largest moves numbered, with their reasons."""
     epochs = np.arange(1, trajectory.epochs + 1)
@@ -127,7 +127,7 @@ def decisions(trajectory: Trajectory) -> Figure:
         for number, decision in enumerate(numbered, start=1)
     ]
     lines = sum(note.count("\n") + 1 for note in notes)
-    figure, panels = _panels(
+    figure, panels = subplots(
         1 + len(trajectory.controls), 1, width=8.4, height=3.4 + 1.15 * len(trajectory.controls) + 0.15 * lines,
         sharex=True, gridspec_kw={"height_ratios": [1.7, *[1.0] * len(trajectory.controls)]},
     )  # fmt: skip
@@ -137,18 +137,18 @@ def decisions(trajectory: Trajectory) -> Figure:
         if len(losses):
             top.plot(epochs, losses, label=kind, **style)
     if all(loss is None or loss > 0 for losses in trajectory.losses.values() for loss in losses):
-        _log_axis(top)
+        log_axis(top)
     top.set_ylabel("loss")
     top.legend(loc="upper right", ncols=2)
     for (axes,), name in zip(panels[1:], trajectory.controls, strict=True):
         values = np.array(trajectory.values[name])
         axes.step(epochs, values, where="mid", color=_LINES[name]["color"], linewidth=1.6)
-        axes.set_ylabel(_LABELS[name])
+        axes.set_ylabel(LABELS[name])
         if CONTROLS[name].multiple:
-            _powers_of_two(axes, values.min(), values.max(), "y")
+            powers_of_two(axes, values.min(), values.max(), "y")
             axes.set_ylim(values.min() / 1.3, values.max() * 1.3)
         elif CONTROLS[name].scale == "log" and values.min() > 0:
-            _log_axis(axes)
+            log_axis(axes)
     for number, decision in enumerate(numbered, start=1):
         for (axes,) in panels:
             axes.axvline(decision["epoch"] + 0.5, color="#999999", linewidth=0.7, linestyle=(0, (2, 2)), zorder=0)

@@ -6,10 +6,8 @@ Matplotlib is of the extra `compare`; nothing of its global state is left change
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,13 +17,11 @@ from agents.measures import LOSS_FLOOR, capped, log_ratio, performance_profile
 from agents.schedules import optional
 from agents.summary import MEASURES, REFERENCE, losses
 from hpo_env.hyperparameters import CONTROLS, Array
+from scripts.reporting.drawing import LABELS, POLICY, legend, log_axis, paper, powers_of_two, subplots
 from scripts.reporting.tables import n_runs, n_searches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-POLICY = "#D55E00"
-"""The policy's own colour (Okabe & Ito's vermilion)."""
 
 BANK = "#D9D9D9"
 
@@ -38,27 +34,8 @@ _DASHES: tuple[Any, ...] = ((0, (5, 1.5)), "-", (0, (1, 1.2)), (0, (5, 1.2, 1, 1
 
 _MARKERS = "osD^vP*X<>"
 
-_STYLE: dict[str, Any] = {
-    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "figure.titlesize": 10, "legend.fontsize": 8.5,
-    "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.linewidth": 0.8, "axes.grid": True, "grid.color": "#ECECEC", "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "legend.frameon": False, "lines.linewidth": 1.3, "savefig.dpi": 150, "figure.dpi": 150,
-}  # fmt: skip
-
-_LABELS = {
-    "lr": "learning rate",
-    "batch_size": "batch size\n[examples]",
-    "weight_decay": "weight decay",
-    "dropout": "dropout",
-    "val": "validation",
-    "test": "test, at the best validation loss",
-}
-
-_DPI = 150
 _COLUMNS = (3, 4, 5)  # of panels, one a task: whichever leaves the fewest gaps
 _RESAMPLES = 1000
-
-Arguments = ParamSpec("Arguments")
 
 
 def figures(evaluation: Evaluation, result: Mapping[str, Any]) -> dict[str, Figure]:
@@ -79,34 +56,14 @@ def figures(evaluation: Evaluation, result: Mapping[str, Any]) -> dict[str, Figu
     }
 
 
-def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
-    """Write each as `<name>.png`, making the folder if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png" for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
-        figure.savefig(path, dpi=_DPI)
-    return paths
-
-
-def _paper(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
-    """`draw` in this module's style."""
-
-    @wraps(draw)
-    def styled(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
-        with optional("matplotlib").rc_context(_STYLE):
-            return draw(*args, **kwargs)
-
-    return styled
-
-
-@_paper
+@paper
 def rse_plot(result: Mapping[str, Any]) -> Figure:
     """Random-search equivalents, task by task: the policy's (its seeds small beside it) and the calibrated schedule's.
 
     What lies at the cap may be worth more trials than there are.
     """
     tasks, cap = result["tasks"], result["summary"]["rse_cap"]
-    figure, ((axes,),) = _panels(1, 1, width=6.4, height=1.3 + 0.34 * (len(tasks) + 1))
+    figure, ((axes,),) = subplots(1, 1, width=6.4, height=1.3 + 0.34 * (len(tasks) + 1))
     medians = [float(np.median([task[key] for task in tasks.values()])) for key in ("rse", "rse_calibrated")]
     rows = [(task["rse"], task["rse_calibrated"], task["rse_by_seed"]) for task in tasks.values()]
     for row, (own, other, seeds) in enumerate([*rows, (*medians, [])]):
@@ -126,16 +83,16 @@ def rse_plot(result: Mapping[str, Any]) -> Figure:
     axes.axhline(len(rows) - 0.5, color="#777777", linewidth=0.8)
     axes.set_yticks(range(len(rows) + 1), [*tasks, "median over tasks"])
     axes.set_ylim(len(rows) + 0.5, -0.5)
-    _powers_of_two(axes, 1, cap)
+    powers_of_two(axes, 1, cap)
     axes.set_xlim(0.85, cap * 1.18)
     axes.set_xlabel("random-search equivalents [trials]")
     axes.grid(axis="y", visible=False)
     axes.set_title(f"Random search that one run replaces ({n_runs(result)})", loc="left")
-    _legend(figure, axes, columns=4)
+    legend(figure, axes, columns=4)
     return figure
 
 
-@_paper
+@paper
 def performance_profile_plot(evaluation: Evaluation) -> Figure:
     """Performance profiles (Agarwal et al. 2021, 4.2): the share of (task, seed) on which a method's log ratio to the
     calibrated schedule is above a threshold, with the policy's 95 % band from a bootstrap stratified by task."""
@@ -145,7 +102,7 @@ def performance_profile_plot(evaluation: Evaluation) -> Figure:
     low, high = np.quantile(pooled, [0.1, 0.995])  # the worst losses would leave no room for the rest
     margin = 0.06 * max(high - low, 0.1)
     thresholds = np.linspace(min(low, 0) - margin, max(high, 0) + margin, 400)
-    figure, (panels,) = _panels(1, 2, width=7.6, height=3.7, sharex=True, sharey=True)
+    figure, (panels,) = subplots(1, 2, width=7.6, height=3.7, sharex=True, sharey=True)
     for axes, (measure, by_name) in zip(panels, ratios.items(), strict=True):
         axes.axvline(0, color=_color(REFERENCE), linewidth=1, linestyle=(0, (4, 2)), label=REFERENCE)
         band = _profile_band(by_name["policy"], thresholds)
@@ -157,19 +114,19 @@ def performance_profile_plot(evaluation: Evaluation) -> Figure:
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(optional("matplotlib.ticker").PercentFormatter(1))
         axes.set_xlabel(r"threshold $\tau$ on ln(calibrated's loss / method's loss)")
-        axes.set_title(_LABELS[measure], loc="left")
+        axes.set_title(LABELS[measure], loc="left")
     panels[0].set_ylabel(r"share of (task, seed) above $\tau$")
     figure.suptitle(f"Performance profiles, higher is better ({_n(evaluation)})")
-    _legend(figure, panels[0], columns=4, reverse=True)
+    legend(figure, panels[0], columns=4, reverse=True)
     return figure
 
 
-@_paper
+@paper
 def search_curves(result: Mapping[str, Any]) -> Figure:
     """What searches find at a cost, against the policy's one run: IQM of the log ratios, with 95 % intervals where
     there are several searches of a kind."""
     table = result["summary"]["against_searches"]
-    figure, (panels,) = _panels(1, 2, width=7.6, height=3.9, sharey=True)
+    figure, (panels,) = subplots(1, 2, width=7.6, height=3.9, sharey=True)
     costs = sorted({int(cost) for by_cost in table.values() for cost in by_cost})
     for axes, measure in zip(panels, MEASURES, strict=True):
         axes.axhline(0, color=POLICY, linewidth=2.4, label="policy, one run")
@@ -184,16 +141,16 @@ def search_curves(result: Mapping[str, Any]) -> Figure:
             axes.vlines(at, bounds[:, 0], bounds[:, 1], linewidth=1, alpha=0.6, **style)
             axes.plot(at, values, marker=_MARKERS[index % len(_MARKERS)], markersize=4.5, label=name,
                       linestyle=_DASHES[(index + 1) % len(_DASHES)], linewidth=1.1, **style)  # fmt: skip
-        _powers_of_two(axes, costs[0], costs[-1])
+        powers_of_two(axes, costs[0], costs[-1])
         axes.set_xlabel("cost of the search [full runs]")
-        axes.set_title(_LABELS[measure], loc="left")
+        axes.set_title(LABELS[measure], loc="left")
     panels[0].set_ylabel("ln(search's loss / policy's loss)\nabove 0: the policy is better")
     figure.suptitle(f"Searches against one run with the policy ({n_searches(result)})")
-    _legend(figure, panels[0], columns=5)
+    legend(figure, panels[0], columns=5)
     return figure
 
 
-@_paper
+@paper
 def loss_curves(evaluation: Evaluation) -> Figure:
     """Validation losses, task by task: medians over seeds, with bands from the least to the most."""
     names = [name for name in ("constant", "cosine", REFERENCE, "policy") if name in evaluation.runs]
@@ -209,7 +166,7 @@ def loss_curves(evaluation: Evaluation) -> Figure:
             axes.fill_between(at, curves.min(axis=0), curves.max(axis=0), color=_color(name), alpha=0.16, linewidth=0)
             axes.plot(at, median, label=name, **_line(name))
         axes.set_title(f"{label}\n{evaluation.tasks[label].horizon} intervals", loc="left")
-        _log_axis(axes)
+        log_axis(axes)
     columns = len({axes.get_subplotspec().colspan.start for axes in panels})
     for index, axes in enumerate(panels):
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
@@ -219,15 +176,15 @@ def loss_curves(evaluation: Evaluation) -> Figure:
         if index % columns == 0:
             axes.set_ylabel("validation loss")
     figure.suptitle(f"Validation loss: median and range over seeds ({_n(evaluation)})")
-    _legend(figure, panels[0], columns=5, reverse=True)
+    legend(figure, panels[0], columns=5, reverse=True)
     return figure
 
 
-@_paper
+@paper
 def trajectories(evaluation: Evaluation) -> Figure:
     """What the policy sets: a row a control, a column a task, a line a seed, beside the calibrated schedule."""
     tasks = evaluation.tasks
-    figure, panels = _panels(
+    figure, panels = subplots(
         len(CONTROLS), len(tasks), width=1.1 + 1.75 * max(len(tasks), 3), height=1.4 + 1.35 * len(CONTROLS),
         sharex=True, sharey="row",
     )  # fmt: skip
@@ -243,12 +200,12 @@ def trajectories(evaluation: Evaluation) -> Figure:
                 axes.plot(_midpoints(values), values, color=POLICY, linewidth=0.9, alpha=0.75, label="policy, a seed")
             values = np.array(reference.controls[name])
             axes.plot(_midpoints(values), values, color=_color(REFERENCE), linestyle=(0, (4, 2)), label=REFERENCE)
-        row[0].set_ylabel(_LABELS[name])
+        row[0].set_ylabel(LABELS[name])
         if control.multiple:
-            _powers_of_two(row[0], control.low, control.high, "y")
+            powers_of_two(row[0], control.low, control.high, "y")
             row[0].set_ylim(control.low / 1.2, control.high * 1.2)
         elif control.scale == "log":
-            _log_axis(row[0])
+            log_axis(row[0])
         else:
             row[0].set_ylim(-0.02 * control.high, 1.05 * control.high)
     for axes, label in zip(panels[0], tasks, strict=True):
@@ -259,7 +216,7 @@ def trajectories(evaluation: Evaluation) -> Figure:
         axes.set_xlabel("share of the run")
     figure.align_ylabels()
     figure.suptitle(f"What the policy sets ({_n(evaluation)})")
-    _legend(figure, panels[0][0], columns=2)
+    legend(figure, panels[0][0], columns=2)
     return figure
 
 
@@ -315,46 +272,13 @@ def _line(name: str) -> dict[str, Any]:
     return {"color": _MUTED[index % len(_MUTED)], "linestyle": _DASHES[index % len(_DASHES)], "zorder": 3}
 
 
-def _panels(rows: int, columns: int, *, width: float, height: float, **shared: Any) -> tuple[Figure, Any]:
-    """A figure of so many inches, and its axes, `[rows, columns]`."""
-    optional("matplotlib")
-    figure: Figure = optional("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
-    optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
-
-
 def _panels_by_task(evaluation: Evaluation) -> tuple[Figure, list[Any]]:
     """A panel a task, and none left over."""
     count = len(evaluation.tasks)
     columns = count if count < min(_COLUMNS) else min(_COLUMNS, key=lambda columns: (-count % columns, columns))
     rows = math.ceil(count / columns)
-    figure, grid = _panels(rows, columns, width=max(6.4, 0.4 + 2.5 * columns), height=1.0 + 2.1 * rows)
+    figure, grid = subplots(rows, columns, width=max(6.4, 0.4 + 2.5 * columns), height=1.0 + 2.1 * rows)
     panels = list(grid.flat)
     for axes in panels[count:]:
         axes.remove()
     return figure, panels[:count]
-
-
-def _powers_of_two(axes: Any, low: float, high: float, axis: str = "x") -> None:
-    ticks = [2**power for power in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
-    getattr(axes, f"set_{axis}scale")("log", base=2)
-    axes.set(**{f"{axis}ticks": ticks, f"{axis}ticklabels": [str(tick) for tick in ticks]})
-    axes.minorticks_off()
-
-
-def _log_axis(axes: Any) -> None:
-    """A logarithmic vertical axis that bears numbers also where it spans less than a power of ten."""
-    ticker = optional("matplotlib.ticker")
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(ticker.LogLocator() if high > 30 * low else ticker.MaxNLocator(5))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-
-
-def _legend(figure: Figure, axes: Any, *, columns: int, reverse: bool = False) -> None:
-    """One legend below all panels, each name once."""
-    handles, names = axes.get_legend_handles_labels()
-    entries = dict(zip(names, handles, strict=True))
-    order = list(entries)[::-1] if reverse else list(entries)
-    figure.legend([entries[name] for name in order], order, loc="outside lower center", ncols=columns)

@@ -21,7 +21,7 @@ from agents.searches import Searched
 from agents.summary import losses, summarize
 from hpo_env.rewards import CEILING
 from inner_models.tasks import Task
-from scripts.reporting import files, plots, tables
+from scripts.reporting import drawing, files, plots, tables
 from tests.tiny import random_policy
 
 CONTROLS_MADE = ("replay-same-task", "replay-other-tasks", "shuffled")
@@ -232,7 +232,7 @@ def test_plots_are_pictures(tasks: int, searches: bool, tmp_path: Path) -> None:
     made = fabricated(tasks=tasks, searches=searches)
     figures = plots.figures(made, summarize(made))
     assert set(figures) == FIGURES
-    paths = plots.save(figures, tmp_path / "plots")
+    paths = drawing.save(figures, tmp_path / "plots")
     assert {path.stem for path in paths} == FIGURES
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

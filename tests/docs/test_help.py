@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -109,7 +109,8 @@ def choices() -> list[tuple[str, str, str]]:
 
 
 def mistyped(module: ModuleType, option: str, value: str) -> list[str]:
-    given: dict[str, Any] = {f.name: REQUIRED[f.name] for f in fields(module.Config) if f.name in REQUIRED}
+    required = (f.name for f in fields(module.Config) if f.default is MISSING and f.name in REQUIRED)
+    given: dict[str, Any] = {name: REQUIRED[name] for name in required}
     given[option] = value
     return [word for name, what in given.items() for word in (f"--{name.replace('_', '-')}", what)]
 

@@ -238,7 +238,7 @@ def test_plots_are_pictures(tasks: int, searches: bool, tmp_path: Path) -> None:
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         pixels = matplotlib.image.imread(path)[..., :3]
         assert pixels.std() > 0.05
-        near = np.abs(pixels - matplotlib.colors.to_rgb(plots.POLICY)).max(axis=-1) < 0.02
+        near = np.abs(pixels - matplotlib.colors.to_rgb(drawing.POLICY)).max(axis=-1) < 0.02
         assert near.sum() > 50, f"{path.name} does not show the policy"
     assert dict(matplotlib.rcParams) == settings
 

@@ -21,7 +21,7 @@ from hpo_env.hyperparameters import CONTROLS
 from scripts.common import Quiet, check_device, check_out, console, progress_bar, run_main, write_config, write_json
 from scripts.evaluate import default_cache
 from scripts.reporting.inspection_plots import write, write_run
-from scripts.reporting.tables import Sheet
+from scripts.reporting.sheet import Sheet
 
 SEEDS = {"quick": 2, "default": 5}
 
@@ -120,7 +120,7 @@ def decision_sheet(trajectory: Trajectory) -> Sheet:
         reason = decision.get("reason", "no reason was recorded")
         rows.append([str(decision["epoch"] + 1), "" if loss is None else f"{loss:.4f}", *values, reason])
     head = ("epoch", "val loss before", *trajectory.controls, "why")
-    return Sheet(f"Decisions in a run of {trajectory.total_epochs} epochs, {trajectory.optimizer}", head, {"": rows})
+    return Sheet.plain(f"Decisions in a run of {trajectory.total_epochs} epochs, {trajectory.optimizer}", head, rows)
 
 
 def _inspect(config: Config, policy: ControlPolicy) -> dict[str, Any]:
@@ -163,8 +163,8 @@ def importance_sheets(inspection: Inspection) -> list[Sheet]:
     ]
     features = [[name, _interval(i.action), *_by_control(i)] for name, i in _ordered(inspection.features)]
     return [
-        Sheet(f"Groups of features, permuted ({n})", ("group", "validation loss", "actions", *controls), {"": groups}),
-        Sheet(f"Features, permuted ({n})", ("feature", "actions", *controls), {"": features}),
+        Sheet.plain(f"Groups of features, permuted ({n})", ("group", "validation loss", "actions", *controls), groups),
+        Sheet.plain(f"Features, permuted ({n})", ("feature", "actions", *controls), features),
     ]
 
 

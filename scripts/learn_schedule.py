@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from joblib import Parallel, delayed
-from rich.table import Table
 
 from agents.application import Run, train, train_cohort
 from agents.calibration import RandomTrials
@@ -30,6 +29,7 @@ from inner_models.tasks import Task
 from inner_models.workers import give_back_memory, one_thread_each
 from scripts.common import Quiet, console, known, progress_bar, run_main, write_json
 from scripts.reporting.drawing import POLICY, paper, save, subplots
+from scripts.reporting.sheet import Sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,16 +131,11 @@ def main(config: Config) -> None:
         rows.append(_row(f"{last}, {config.adapt} steps on the task", tasks, base, losses) | about)
         searched = [_random(task, trials, config.seeds) for task in tasks.values()]
         rows.append(_row(f"best of {trials} random trials", tasks, base, searched) | {"runs on the task": trials})
-    table = Table(title="log ratio to the calibrated cosine: above 0 better", title_justify="left")
     head, *lines = _cells(rows)
-    for name in head:
-        table.add_column(name)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
+    sheet = Sheet.plain("log ratio to the calibrated cosine: above 0 better", head, lines)
+    console.print(sheet.to_rich())
     if config.markdown:
-        text = "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
-        write_atomically(config.markdown, (text + "\n").encode())
+        write_atomically(config.markdown, f"{sheet.body()}\n".encode())
     if config.figure:
         save({config.figure.stem: figure(names, rows)}, config.figure.parent)
     if config.json:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from agents.class_pairs import ClassPairs, network, scored, starts
 from agents.files import write_atomically
@@ -17,6 +16,7 @@ from agents.maml import Config as MetaTraining
 from agents.measures import Interval, mean
 from scripts.common import Quiet, console, known, progress_bar, run_main, write_json
 from scripts.reporting.drawing import POLICY, legend, paper, save, subplots
+from scripts.reporting.sheet import Sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,10 +77,11 @@ def main(config: Config) -> None:
                 rows.append(
                     {**about, "n": sum(map(len, strata)), "accuracy": value.value, "ci": [value.low, value.high]}
                 )
-    for dataset, model in cells:
-        console.print(_table(dataset, model, rows))
+    sheets = [_sheet(dataset, model, rows) for dataset, model in cells]
+    for sheet in sheets:
+        console.print(sheet.to_rich())
     if config.markdown:
-        text = "\n\n".join(_markdown(dataset, model, rows) for dataset, model in cells)
+        text = "\n\n".join(sheet.to_markdown() for sheet in sheets)
         write_atomically(config.markdown, (text + "\n").encode())
     if config.json:
         write_json(config.json, {"rows": rows, "seeds": config.seeds, "iterations": config.iterations})
@@ -157,24 +158,9 @@ def _of(rows: list[dict[str, Any]], dataset: str, model: str) -> Mapping[str, li
 HEADS = [f"{shots} examples, {steps} step{'s' * (steps > 1)}" for shots in SHOTS for steps in STEPS]
 
 
-def _table(dataset: str, model: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"{dataset}, {model}: accuracy on unseen pairs", title_justify="left")
-    for head in ("method", *HEADS):
-        table.add_column(head)
-    for method, cells in _of(rows, dataset, model).items():
-        table.add_row(method, *cells)
-    return table
-
-
-def _markdown(dataset: str, model: str, rows: list[dict[str, Any]]) -> str:
-    lines = [
-        f"**{dataset}, {model}**",
-        "",
-        "| " + " | ".join(("method", *HEADS)) + " |",
-        "|" + "---|" * (len(HEADS) + 1),
-    ]
-    lines += ["| " + " | ".join((method, *cells)) + " |" for method, cells in _of(rows, dataset, model).items()]
-    return "\n".join(lines)
+def _sheet(dataset: str, model: str, rows: list[dict[str, Any]]) -> Sheet:
+    lines = ((method, *cells) for method, cells in _of(rows, dataset, model).items())
+    return Sheet.plain(f"{dataset}, {model}: accuracy on unseen pairs", ("method", *HEADS), lines)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from agents.adaptation import Settings, adapt
 from agents.application import Run, train_cohort
@@ -28,6 +27,7 @@ from hpo_env.hyperparameters import Array
 from inner_models.splits import META_VALIDATION
 from inner_models.tasks import Task
 from scripts.common import Quiet, console, known, progress_bar, run_main, write_json
+from scripts.reporting.sheet import Sheet
 
 FRESH = 2_000_000
 """First seed of the runs that are judged: no adaptation and no other evaluation has trained with it."""
@@ -79,16 +79,11 @@ def main(config: Config) -> None:
             for episodes in config.episodes:
                 rows.append({"task": label, **_row(config, policy, tasks[label], episodes, before)})
                 update(len(rows), f"{label}, {episodes} episodes")
-    table = Table(title="ln(loss of the policy as it was / adapted): above 0 adaptation is better")
-    for name in HEAD:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*_cells(row))
-    console.print(table)
+    title = "ln(loss of the policy as it was / adapted): above 0 adaptation is better"
+    sheet = Sheet.plain(title, HEAD, map(_cells, rows))
+    console.print(sheet.to_rich())
     if config.markdown:
-        lines = [HEAD, ["---"] * len(HEAD), *map(_cells, rows)]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        write_atomically(config.markdown, (text + "\n").encode())
+        write_atomically(config.markdown, f"{sheet.body()}\n".encode())
     if config.figure:
         draw(rows, config.figure)
     origin = {**provenance("cpu"), "policy": policy.digest, "seconds": round(time.perf_counter() - started)}

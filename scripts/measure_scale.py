@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.table import Table
-
 from agents.cells import Store
 from agents.evaluation import SPLITS
 from agents.policy import ControlPolicy
@@ -17,6 +15,7 @@ from agents.tuner import pretrained_path
 from inner_models.tasks import Task
 from scripts.common import Quiet, check_device, console, known, progress_bar, run_main, write_json
 from scripts.evaluate import default_cache
+from scripts.reporting.sheet import Sheet
 
 
 @dataclass
@@ -67,14 +66,10 @@ def main(config: Config) -> None:
             device=config.device,
             report=lambda done, total, name: update(round(1000 * done / max(total, 1e-9)), name),
         )
-    table = Table(title="log ratio of the other's loss to the policy's: above 0 the policy is better")
-    head, *lines = _cells(rows)
-    for name in head:
-        table.add_column(name)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
-    console.out(f"\n{_markdown([head, *lines])}\n\n{_markdown(_by_task(rows))}", highlight=False)
+    title = "log ratio of the other's loss to the policy's: above 0 the policy is better"
+    sheet, by_task = (Sheet.plain(title, head, lines) for head, *lines in (_cells(rows), _by_task(rows)))
+    console.print(sheet.to_rich())
+    console.out(f"\n{sheet.body()}\n\n{by_task.body()}", highlight=False)
     provenance = {
         "policy": policy.digest,
         "split": config.split,
@@ -109,11 +104,6 @@ def _by_task(rows: list[dict[str, Any]]) -> list[list[str]]:
     found = [row["against"]["calibrated"]["val"]["by_task"] for row in rows]
     head = ["val, calibrated", *(f"{rows[0]['axis']} {row['value']:g}" for row in rows)]
     return [head, *([task, *(f"{point[task]:+.3f}" for point in found)] for task in found[0])]
-
-
-def _markdown(cells: list[list[str]]) -> str:
-    head, *lines = cells
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 
 def _command(config: Config) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from agents.files import write_atomically
 from agents.measures import log_ratio, mean
@@ -24,6 +23,7 @@ from agents.policy import ControlPolicy
 from agents.provenance import provenance
 from agents.tuner import pretrained_path
 from scripts.common import Quiet, console, known, progress_bar, run_main, write_json
+from scripts.reporting.sheet import Sheet
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,8 @@ def main(config: Config) -> None:
         for example in examples:
             done = 2 * config.seeds * len(rows)
             rows.append(measure(example, range(config.seeds), lambda runs: update(done + runs, example.title)))  # noqa: B023
-    table = Table(title="final validation loss; above 0 the tuner is better")
-    for name in HEAD:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*_cells(row))
-    console.print(table)
+    sheet = Sheet.plain("final validation loss; above 0 the tuner is better", HEAD, map(_cells, rows))
+    console.print(sheet.to_rich())
     packages = {example.package: version(example.package) for example in examples}
     command = f"python scripts/measure_trainers.py --seeds {config.seeds}"
     if len(examples) < len(EXAMPLES):
@@ -93,7 +89,7 @@ def main(config: Config) -> None:
     origin = {**provenance("cpu"), "threads": 1, "packages": packages, "policy": policy, "command": command}
     write_json(config.json, {"rows": rows, "provenance": origin})
     if config.markdown:
-        text = f"\n{_markdown([list(HEAD), *map(_cells, rows)])}\n\n{_remark(origin)}\n\n"
+        text = f"\n{sheet.body()}\n\n{_remark(origin)}\n\n"
         write_atomically(config.markdown, FIGURES.sub(lambda found: f"{found[1]}{text}", page).encode())
 
 
@@ -145,11 +141,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['wins']} of {len(losses['tuned'])}",
         *(f"{seconds[kind]:.1f}" for kind in ("tuned", "constant")),
     ]
-
-
-def _markdown(cells: list[list[str]]) -> str:
-    head, *lines = cells
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 
 def _remark(origin: dict[str, Any]) -> str:

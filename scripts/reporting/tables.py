@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from agents.summary import MEASURES, REFERENCE
 from hpo_env.base_schedules import calibrated
 from hpo_env.hyperparameters import CONTROLS
 from hpo_env.rewards import CEILING
+from scripts.reporting.sheet import Sheet, pipes
 
 NOT_REACHED = "not reached"
 
@@ -70,41 +71,6 @@ _RANDOM = (
     "expected best of n trials drawn from the bank: each with warm-up and cosine decay, learning rate, batch size and "
     "weight decay log-uniform, dropout uniform; its interval comes from the policy's seeds alone"
 )
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table before it is drawn.
-
-    Attributes:
-        head: of the columns; the first is one of names, the others of figures.
-        groups: heading -> rows; no heading where it is empty.
-    """
-
-    title: str
-    head: tuple[str, ...]
-    groups: Mapping[str, Sequence[Sequence[str]]]
-
-    def to_rich(self) -> Table:
-        table = Table(title=self.title, title_justify="left")
-        for index, heading in enumerate(self.head):
-            table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
-        for name, rows in self.groups.items():
-            if name:
-                table.add_row(name, style="italic")
-            for row in rows:
-                table.add_row(*row)
-            table.add_section()
-        return table
-
-    def to_markdown(self) -> str:
-        rules = ["---", *("---:" for _ in self.head[1:])]
-        lines = [list(self.head), rules]
-        for name, rows in self.groups.items():
-            if name:
-                lines.append([f"**{name}**", *("" for _ in self.head[1:])])
-            lines += [list(row) for row in rows]
-        return "\n".join([f"### {self.title}", "", *(_pipes(line) for line in lines)])
 
 
 def overview(result: Mapping[str, Any]) -> list[Table]:
@@ -437,8 +403,4 @@ def _listed(value: Any) -> str:
 
 def _pairs(name: str, values: Mapping[str, str]) -> str:
     lines = [(name, ""), ("---", "---"), *values.items()]
-    return "\n".join(_pipes(line) for line in lines)
-
-
-def _pipes(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return "\n".join(pipes(line) for line in lines)

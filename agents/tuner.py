@@ -362,19 +362,21 @@ class Tuner:
             "hyperparameters": chosen,
             "guard": guard,
             "out_of_depth": bool(lost[0]),
+            "reason": "",
         }
-        entry["reason"] = reason(
-            self.policy,
-            observation,
-            action,
-            before,
-            stay,
-            chosen,
-            first=not self.epoch,
-            out_of_depth=entry["out_of_depth"],
-            guard=guard,
-            epochs=epochs_per_decision(self.total_epochs),
-        )
+        with self._notices.surviving("explaining a decision"):
+            entry["reason"] = reason(
+                self.policy,
+                observation,
+                action,
+                before,
+                stay,
+                chosen,
+                first=not self.epoch,
+                out_of_depth=entry["out_of_depth"],
+                guard=guard,
+                epochs=epochs_per_decision(self.total_epochs),
+            )
         self.history.append(entry)
 
     def _moved(self, values: Mapping[str, Any]) -> dict[str, float]:

@@ -162,3 +162,18 @@ def test_no_epoch_is_dropped_whole() -> None:
         assert sizes(loader) == [100]  # the policy asked for more
         tuner.step(train_loss=1.0, val_loss=1.0)
     assert tuner.hyperparameters["batch_size"] == 100
+
+
+def test_a_decision_that_cannot_be_explained_is_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*arguments: object, **options: object) -> str:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("agents.tuner.reason", fails)
+    tuner = attached(None)
+    tuner.step(train_loss=1.0, val_loss=1.0)
+    assert [entry["reason"] for entry in tuner.history] == ["", ""]
+    assert [r.message for r in caplog.records if r.levelno == logging.WARNING] == [
+        "explaining a decision failed; the run goes on without it"
+    ]

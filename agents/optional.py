@@ -6,6 +6,10 @@ import importlib
 from types import ModuleType
 
 
+class MissingPackage(ImportError):
+    """A package of an extra is not installed; the message holds the command that installs it."""
+
+
 def require(name: str, *, extra: str) -> ModuleType:
     """The module `name`, imported now.
 
@@ -13,11 +17,12 @@ def require(name: str, *, extra: str) -> ModuleType:
         extra: the extra of hyperpilot that installs it.
 
     Raises:
-        ImportError: it is not installed; the message holds the command that installs it.
+        MissingPackage: it is not installed.
     """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name.split(".")[0]:
             raise  # installed, but something that it needs is not
-        raise ImportError(f"{error.name} is not installed; pip install 'hyperpilot[{extra}]'", name=name) from None
+        command = f"pip install 'hyperpilot[{extra}]'"
+        raise MissingPackage(f"{error.name} is not installed; {command}", name=name) from None

@@ -6,7 +6,6 @@ need torch: they act at every step of the optimizer.
 
 from __future__ import annotations
 
-import importlib
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from inner_models.tasks import OptimizerName
 from inner_models.training import Training, parameter_groups
 
 from .application import Controller, RunController, Runs
+from .optional import require
 
 Values = Literal["default", "calibrated"]
 
@@ -220,7 +220,7 @@ class ScheduleFree:
     sgd_factor: float = 10.0
 
     def __call__(self, run: Training) -> RunController:
-        package = optional("schedulefree")
+        package = require("schedulefree", extra="compare")
         schedule = values_of(self.values, run.task.optimizer)
         warmup = round(self.warmup * _begin(run, schedule))
         sgd = run.task.optimizer == "sgd"
@@ -238,7 +238,7 @@ class Prodigy:
     values: Values = "calibrated"
 
     def __call__(self, run: Training) -> RunController:
-        package = optional("prodigyopt")
+        package = require("prodigyopt", extra="compare")
         schedule = values_of("calibrated", "adamw") if self.values == "calibrated" else DEFAULTS["adamw"]
         steps = _begin(run, values_of(self.values, run.task.optimizer))
         with redirect_stdout(io.StringIO()):  # it prints that its weight decay is decoupled
@@ -305,15 +305,3 @@ class _Descent:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def optional(package: str) -> Any:
-    """Import a package of the extra `compare`.
-
-    Raises:
-        ValueError: it is not installed; the message has the command that does it.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise ValueError(f"{package} is not installed: pip install 'hyperpilot[compare]'") from None

@@ -32,7 +32,8 @@ from inner_models.tasks import OptimizerName, Task
 
 from .application import held_out_rows, jsonable
 from .calibration import SEARCH_RANGES
-from .schedules import DEFAULTS, optional
+from .optional import require
+from .schedules import DEFAULTS
 
 SearchName = Literal["grid", "classic-grid", "tpe", "gp", "cma-es", "successive-halving", "hyperband"]
 SEARCHES: tuple[SearchName, ...] = get_args(SearchName)
@@ -133,7 +134,7 @@ class OptunaSearch:
                 weights, data order and dropout masks are those of every other method at this seed.
 
         Raises:
-            ValueError: Optuna, or what the sampler needs beside it, is not installed.
+            MissingPackage: Optuna, or what the sampler needs beside it, is not installed.
         """
         optuna = _optuna("cmaes") if self.name == "cma-es" else _optuna()
         started = time.perf_counter()
@@ -192,7 +193,8 @@ def publish(searched: Sequence[Searched], storage: str, name: str) -> None:
         storage: an Optuna storage URL, such as `sqlite:///searches.db`.
 
     Raises:
-        ValueError: the storage cannot be opened; Optuna is not installed.
+        ValueError: the storage cannot be opened.
+        MissingPackage: Optuna is not installed.
     """
     optuna = _optuna()
     with _quiet(optuna):
@@ -421,8 +423,8 @@ def _losses(record: Sequence[float | None]) -> list[float]:
 def _optuna(*beside: str) -> Any:
     """Optuna, and a check that the packages `beside` it are there."""
     for package in beside:
-        optional(package)
-    return optional("optuna")
+        require(package, extra="compare")
+    return require("optuna", extra="compare")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agents.files import CONFIG_FILE, write_atomically
+from agents.optional import MissingPackage
 from inner_models.names import unknown
 
 console = Console(soft_wrap=False, width=None if Console().is_terminal else 140)
@@ -58,7 +59,7 @@ def run_main(config: type[Config], main: Callable[[Config], None]) -> None:
         settings = tyro.cli(config, registry=registry)
         console.quiet = isinstance(settings, Quiet) and settings.quiet
         main(settings)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingPackage) as error:
         fail(str(error))
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from agents.cells import Store
 from agents.evaluation import BUDGETS, SPLITS, Budget, Evaluation, evaluate, scaled
+from agents.optional import require
 from agents.policy import ControlPolicy
-from agents.schedules import optional
 from agents.searches import publish
 from agents.summary import summarize
 from agents.tuner import pretrained_path
@@ -99,7 +99,7 @@ def main(config: Config) -> None:
     budget = _budget(config)
     tasks = [scaled(task, horizon=config.horizon_factor, width=config.width_factor) for task in _tasks(config)]
     for package in ("matplotlib", "schedulefree", "prodigyopt", *(("optuna", "cmaes") if budget.searches else ())):
-        optional(package)  # rather now than after hours
+        require(package, extra="compare")  # rather now than after hours
     policy = ControlPolicy.load(config.policy or pretrained_path())
     seen = sorted({task.dataset for task in tasks} & datasets_of(META_TRAIN))
     if seen:

@@ -13,8 +13,8 @@ from agents.cells import Store
 from agents.evaluation import SPLITS
 from agents.inspection import Importance, Inspection, inspect
 from agents.measures import Interval
+from agents.optional import require
 from agents.policy import ControlPolicy
-from agents.schedules import optional
 from agents.trajectory import TRAJECTORY_FILE, Trajectory
 from agents.tuner import pretrained_path
 from hpo_env.hyperparameters import CONTROLS
@@ -60,7 +60,7 @@ class Config(Quiet):
 
 def main(config: Config) -> None:
     check_device(config.device)
-    optional("matplotlib")  # rather now than after minutes
+    require("matplotlib", extra="compare")  # rather now than after minutes
     policy = ControlPolicy.load(config.policy or pretrained_path())
     trajectory = read_run(config.run) if config.run else None
     check_out(config.out)

@@ -19,8 +19,9 @@ from agents.files import write_atomically
 from agents.hypergradient_schedule import Config as Learning
 from agents.hypergradient_schedule import EveryStep, LearnedSchedule, learn
 from agents.measures import capped, expected_at_best, interquartile_mean, log_ratio
+from agents.optional import require
 from agents.provenance import provenance
-from agents.schedules import Cosine, optional
+from agents.schedules import Cosine
 from agents.unrolled import Problem
 from hpo_env.base_schedules import calibrated
 from hpo_env.hyperparameters import Array
@@ -249,7 +250,7 @@ def figure(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> Figure:
     """The learning rates learned with each K, and what they are worth."""
     found, ((rates, worth),) = subplots(1, 2, width=8.0, height=3.2)
     chosen = [row for row in rows if row["method"] in names]
-    shades = optional("matplotlib").colormaps["viridis"](np.linspace(0.85, 0.0, len(chosen)))
+    shades = require("matplotlib", extra="compare").colormaps["viridis"](np.linspace(0.85, 0.0, len(chosen)))
     for row, shade in zip(chosen, shades, strict=True):
         lr = row["schedule"]["lr"]
         rates.plot(np.linspace(0, 1, len(lr)), lr, color=shade, marker="o", markersize=3, label=row["method"])

@@ -18,9 +18,9 @@ from agents.controllers import WithPolicy
 from agents.evaluation import labels
 from agents.files import write_atomically
 from agents.measures import expected_at_best, expected_best, log_ratio, mean, trials_to_reach, win_rate
+from agents.optional import require
 from agents.policy import ControlPolicy
 from agents.provenance import provenance
-from agents.schedules import optional
 from agents.summary import losses
 from agents.tuner import pretrained_path
 from hpo_env.hyperparameters import Array
@@ -141,7 +141,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Gain against episodes, a line a task, with the best of as many seeds dashed."""
-    figure = optional("matplotlib.figure").Figure(figsize=(9, 3.6), layout="constrained")
+    figure = require("matplotlib.figure", extra="compare").Figure(figsize=(9, 3.6), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2), ("val", "test"), strict=True):
         for index, task in enumerate(dict.fromkeys(row["task"] for row in rows)):
             own = [row for row in rows if row["task"] == task]

@@ -12,7 +12,7 @@ from agents.onnx_export import export
 from agents.policy import ControlPolicy
 from agents.tuner import pretrained_path
 from agents.untrusted import read_json
-from scripts.common import console, fail, run_main
+from scripts.common import console, run_main
 
 
 @dataclass
@@ -68,13 +68,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    try:
-        _share(config.what)
-    except ImportError as error:
-        fail(str(error))
-
-
-def _share(what: Push | Pull | Onnx) -> None:
+    what = config.what
     if isinstance(what, Pull):
         policy = pull(what.repo, revision=what.revision, digest=what.digest)
         policy.save(what.out)

@@ -11,7 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from agents.schedules import optional
+from agents.optional import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ def paper(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
 
     @wraps(draw)
     def styled(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
-        with optional("matplotlib").rc_context(_STYLE):
+        with require("matplotlib", extra="compare").rc_context(_STYLE):
             return draw(*args, **kwargs)
 
     return styled
@@ -61,9 +61,9 @@ def paper(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
 
 def subplots(rows: int, columns: int, *, width: float, height: float, **shared: Any) -> tuple[Figure, Any]:
     """A figure of so many inches, and its axes, `[rows, columns]`."""
-    optional("matplotlib")
-    figure: Figure = optional("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
-    optional("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    require("matplotlib", extra="compare")
+    figure: Figure = require("matplotlib.figure", extra="compare").Figure(figsize=(width, height), layout="constrained")
+    require("matplotlib.backends.backend_agg", extra="compare").FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
@@ -76,7 +76,7 @@ def powers_of_two(axes: Any, low: float, high: float, axis: str = "x") -> None:
 
 def log_axis(axes: Any) -> None:
     """A logarithmic vertical axis that bears numbers also where it spans less than a power of ten."""
-    ticker = optional("matplotlib.ticker")
+    ticker = require("matplotlib.ticker", extra="compare")
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(ticker.LogLocator() if high > 30 * low else ticker.MaxNLocator(5))

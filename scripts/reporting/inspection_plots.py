@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agents.inspection import ALL_MEASURED, Inspection
-from agents.schedules import optional
+from agents.optional import require
 from agents.trajectory import Trajectory
 from hpo_env.hyperparameters import CONTROLS
 from scripts.reporting.drawing import LABELS, POLICY, legend, log_axis, paper, powers_of_two, save, subplots
@@ -50,7 +50,7 @@ def _save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     """With a palette: a third of the bytes."""
     paths = save(figures, folder)
     for path in paths:
-        optional("PIL.Image").open(path).convert("RGB").quantize(64).save(path, optimize=True)
+        require("PIL.Image", extra="compare").open(path).convert("RGB").quantize(64).save(path, optimize=True)
     return paths
 
 

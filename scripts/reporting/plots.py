@@ -14,7 +14,7 @@ import numpy as np
 from agents.application import Run
 from agents.evaluation import BASELINES, Evaluation
 from agents.measures import LOSS_FLOOR, capped, log_ratio, performance_profile
-from agents.schedules import optional
+from agents.optional import require
 from agents.summary import MEASURES, REFERENCE, losses
 from hpo_env.hyperparameters import CONTROLS, Array
 from scripts.reporting.drawing import LABELS, POLICY, legend, log_axis, paper, powers_of_two, subplots
@@ -45,7 +45,7 @@ def figures(evaluation: Evaluation, result: Mapping[str, Any]) -> dict[str, Figu
         result: as from `agents.summary.summarize`.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        MissingPackage: matplotlib is not installed.
     """
     return {
         "random-search-equivalents": rse_plot(result),
@@ -112,7 +112,7 @@ def performance_profile_plot(evaluation: Evaluation) -> Figure:
             axes.plot(thresholds, profile, drawstyle="steps-mid", label=name, **_line(name))
         axes.set_xlim(thresholds[0], thresholds[-1])
         axes.set_ylim(-0.02, 1.02)
-        axes.yaxis.set_major_formatter(optional("matplotlib.ticker").PercentFormatter(1))
+        axes.yaxis.set_major_formatter(require("matplotlib.ticker", extra="compare").PercentFormatter(1))
         axes.set_xlabel(r"threshold $\tau$ on ln(calibrated's loss / method's loss)")
         axes.set_title(LABELS[measure], loc="left")
     panels[0].set_ylabel(r"share of (task, seed) above $\tau$")

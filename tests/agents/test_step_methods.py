@@ -15,6 +15,7 @@ from torch import Tensor
 
 from agents.application import following, train
 from agents.evaluation import BASELINES
+from agents.optional import MissingPackage, require
 from agents.schedules import (
     DEFAULTS,
     Hypergradient,
@@ -22,7 +23,6 @@ from agents.schedules import (
     Prodigy,
     ScheduleFree,
     _Descent,
-    optional,
 )
 from hpo_env.base_schedules import calibrated
 from hpo_env.hyperparameters import Array
@@ -244,6 +244,6 @@ def test_every_baseline_learns(name: str, optimizer: OptimizerName) -> None:
 @pytest.mark.parametrize(("package", "method"), [("schedulefree", ScheduleFree()), ("prodigyopt", Prodigy())])
 def test_a_missing_package(package: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf"{package} is not installed: pip install 'hyperpilot\[compare\]'"):
+    with pytest.raises(MissingPackage, match=rf"{package} is not installed; pip install 'hyperpilot\[compare\]'"):
         method(Training(task_of("adamw"), 0))
-    assert optional("math") is math
+    assert require("math", extra="compare") is math

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents.application import Run, jsonable
 from agents.evaluation import BASELINES, FACTORS, Budget, Evaluation, ablations
+from agents.optional import MissingPackage
 from agents.searches import Searched
 from agents.summary import losses, summarize
 from hpo_env.rewards import CEILING
@@ -263,7 +264,7 @@ def test_without_matplotlib_one_line_says_what_to_install(
     evaluation: Evaluation, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"^matplotlib is not installed: pip install .*\[compare\]"):
+    with pytest.raises(MissingPackage, match=r"^matplotlib is not installed; pip install .*\[compare\]"):
         plots.figures(evaluation, result)
 
 

@@ -26,8 +26,8 @@ from scripts.common import Quiet, check_device, console, known, progress_bar, ru
 
 HORIZON = 100
 REPLICAS = {"cpu": (1, 8, 32, 128, 512), "cuda": (1, 8, 32, 128, 512, 2048, 8192)}
-MIN_PAIRS = 15
-"""Epochs in turn with and without the tuner, at least."""
+MIN_EPOCHS = 25
+"""Epochs of the loops with and without a tuner, at least."""
 
 
 @dataclass
@@ -93,7 +93,7 @@ def main(config: Config) -> None:
         report(len(tasks) + 1, "meta-training")
         split = iteration_split(preset, config.iterations, config.device)
         report(len(tasks) + 2, "tuner")
-        tuner = overhead(max(MIN_PAIRS, config.repeats), config.device)
+        tuner = overhead(max(MIN_EPOCHS, config.repeats), config.device)
         report(len(tasks) + 3, "done")
     result = {
         kind_of_device: kinds,

@@ -19,6 +19,7 @@ import torch
 
 from agents.files import write_atomically
 from agents.measures import log_ratio, mean
+from agents.optional import require
 from agents.policy import ControlPolicy
 from agents.provenance import provenance
 from agents.tuner import pretrained_path
@@ -28,7 +29,7 @@ from scripts.reporting.sheet import Sheet
 
 @dataclass(frozen=True)
 class Example:
-    """A module of `scripts.examples` with `train(seed, tuned)`, and the package that it needs."""
+    """A module of `scripts.examples` with `train(seed, tuned)`, and the package, with its extra, that it needs."""
 
     title: str
     module: str
@@ -122,10 +123,8 @@ def measure(example: Example, seeds: range, report: Any = lambda runs: None) -> 
 
 
 def _import(example: Example) -> Any:
-    try:
-        module = importlib.import_module(f"scripts.examples.{example.module}")
-    except ImportError as error:
-        raise ValueError(f"{example.title}: pip install 'hyperpilot[{example.package}]' ({error})") from None
+    require(example.package, extra=example.package)
+    module = importlib.import_module(f"scripts.examples.{example.module}")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     return module
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from agents import population_based, searches
 from agents.application import held_out_rows
 from agents.calibration import SEARCH_RANGES, final_losses
+from agents.optional import MissingPackage
 from agents.population_based import Population, PopulationBased
 from agents.searches import SEARCHES, SETTINGS, OptunaSearch, Searched, SearchName, Trial, publish
 from hpo_env.base_schedules import BaseSchedule
@@ -286,7 +287,7 @@ def test_optuna_s_log_is_silent_and_as_before(capfd: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("package", ["optuna", "cmaes"])
 def test_missing_packages(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf"{package}.*pip install 'hyperpilot\[compare\]'"):
+    with pytest.raises(MissingPackage, match=rf"{package}.*pip install 'hyperpilot\[compare\]'"):
         OptunaSearch("cma-es", 2).run(TASK, [0])
     PopulationBased(2).run(TASK, [0])
 

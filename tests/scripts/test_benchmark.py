@@ -196,7 +196,7 @@ def test_a_workers_error_arrives() -> None:
 def test_the_benchmark_leaves_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "smoke", TINY_CONFIG)
     monkeypatch.setattr(growth, "MEMORY_REPLICAS", {"cpu": (1, 2)})
-    monkeypatch.setattr(benchmark, "MIN_PAIRS", 1)
+    monkeypatch.setattr(benchmark, "MIN_EPOCHS", 1)
     monkeypatch.setattr(tuner, "BATCHES", 2)
     arguments = (
         "--tasks digits/linear --replicas 1 2 --repeats 1 --seconds 0 --processes 1 --intervals 20 --iterations 1 "

@@ -8,7 +8,7 @@ before the update.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,8 +71,7 @@ class GradientMeter:
         samples = [self._sample(p, p) for p in parameters]
         sizes = [sample.numel() for sample in samples]
         self._scale = total / max(1, sum(sizes))
-        parts = torch.split(_flat(samples), sizes) if samples else ()
-        self._start = {p: _Part(part, p.device, p.dtype, p.shape) for p, part in zip(parameters, parts, strict=True)}
+        self._start = _Snapshot([_Known(p, p.device, p.dtype, p.shape) for p in parameters], sizes, _flat(samples))
 
     @torch.no_grad()
     def finish(self) -> dict[str, float]:
@@ -165,25 +164,51 @@ def _rows(shape: torch.Size, stride: int) -> tuple[slice, ...]:
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """All elements in one copy, on the first tensor's device; in single precision at least."""
+    if not tensors:
+        return torch.empty(0)
     device, dtype = tensors[0].device, torch.promote_types(tensors[0].dtype, torch.float32)
-    return torch.cat([tensor.flatten().to(device, dtype) for tensor in tensors])
+    flat = [tensor.flatten() for tensor in tensors]
+    return torch.cat(
+        [part if (part.device, part.dtype) == (device, dtype) else part.to(device, dtype) for part in flat]
+    )
 
 
-class _Part(NamedTuple):
-    """What is looked at of a parameter, and what the parameter was then."""
+class _Known(NamedTuple):
+    """A parameter, and what it was when it was looked at. Equal to itself alone."""
 
-    values: Tensor
+    parameter: Tensor
     device: torch.device
     dtype: torch.dtype
     shape: torch.Size
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Known) and self.parameter is other.parameter and self[1:] == other[1:]
 
-def _moved(before: Mapping[Tensor, _Part], after: Mapping[Tensor, _Part]) -> float:
+    def __hash__(self) -> int:
+        return id(self.parameter)
+
+
+class _Snapshot(NamedTuple):
+    """What was looked at of the parameters, `sizes` of each, one after the other in `values`."""
+
+    known: list[_Known]
+    sizes: list[int]
+    values: Tensor
+
+
+NOTHING = _Snapshot([], [], torch.empty(0))
+"""A snapshot that nothing can be compared with."""
+
+
+def _moved(before: _Snapshot, after: _Snapshot) -> float:
     """Distance over norm at the end, of the parameters that were there all the time, neither moved nor converted."""
-    pairs = [(before[p].values, part.values) for p, part in after.items() if p in before and before[p][1:] == part[1:]]
-    pairs = [(start, end) for start, end in pairs if len(start) == len(end)]  # as many are looked at
-    if not pairs:
+    start, end = before.values, after.values
+    if before[:2] != after[:2]:
+        parts = dict(zip(zip(before.known, before.sizes, strict=True), torch.split(start, before.sizes), strict=True))
+        there = zip(zip(after.known, after.sizes, strict=True), torch.split(end, after.sizes), strict=True)
+        pairs = [(parts[key], part) for key, part in there if key in parts]
+        start, end = _flat([pair[0] for pair in pairs]), _flat([pair[1] for pair in pairs])
+    if not len(end):
         return math.nan
-    start, end = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     distance, size = (float(torch.linalg.vector_norm(x)) for x in (end - start, end))
     return distance / max(size, 1e-12)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from inner_models.signals import GradientMeter
+from inner_models.signals import NOTHING, GradientMeter
 
 _MEASURING = "measuring gradients"
 
@@ -47,7 +47,7 @@ class TolerantMeter(GradientMeter):
         """As in `GradientMeter`; without a copy of the parameters where that fails."""
         with self._notices.surviving(_MEASURING):
             return super().begin()
-        self._start = {}
+        self._start = NOTHING
 
     def finish(self) -> dict[str, float]:
         """As in `GradientMeter`; nothing where that fails."""

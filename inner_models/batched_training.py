@@ -180,6 +180,7 @@ def _output_units(model: nn.Module, inputs: Tensor) -> list[int]:
         for module in model.modules()
         if not list(module.children())
     ]
+    model.eval()  # dropout would draw from the global generator
     with torch.no_grad():
         model(inputs)
     for hook in hooks:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 MEASURE_EVERY = 8
+
+SAMPLED = 1 << 16
+"""Parameters, about, that the meter looks at: of larger models it takes rows at equal distances, and scales up."""
 
 SIGNALS: dict[str, str] = {
     "train_loss": "mean loss of the interval's training batches, as trained on (dropout active)",
@@ -45,50 +47,48 @@ def momentum_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor |
 class GradientMeter:
     """Measures gradient statistics through an optimizer's step hook.
 
-    Sums stay on the parameters' device; nothing is synchronized until `finish`. Keeps one copy of the parameters. Where
-    a step is given a closure (Lightning does that), the gradients are measured after its first call. Those that cannot
-    be measured (sparse ones) are left out.
+    Sums stay on the parameters' device; nothing is synchronized until `finish`. Keeps a copy of the parameters that it
+    looks at, all of them in a model of up to `SAMPLED`: a larger one costs no more. Where a step is given a closure
+    (Lightning does that), the gradients are measured after its first call. Those that cannot be measured (sparse ones)
+    are left out.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._handle = optimizer.register_step_pre_hook(self._before_step)
-        self._start: dict[Tensor, Tensor] = {}
         self.begin()
 
-    @torch.inference_mode(False)  # a copy made in that mode could not be overwritten outside of it
     @torch.no_grad()
     def begin(self) -> None:
         """Forget what was measured and start an interval here."""
         self._steps = 0
         self._products: list[Tensor] = []  # of each measured step: gradient^2, momentum^2, gradient * momentum
         self._with_cosine: list[bool] = []
-        known = self._known()
-        self._start = {p: known[p] if p in known else torch.empty_like(p) for p in self._parameters()}
-        if self._start:
-            torch._foreach_copy_(list(self._start.values()), list(self._start))
+        parameters = self._parameters()
+        total = sum(p.numel() for p in parameters)
+        stride = max(1, -(-total // SAMPLED))
+        self._rows = {p: _rows(p.shape, stride) for p in parameters} if stride > 1 else {}
+        samples = [self._sample(p, p) for p in parameters]
+        sizes = [sample.numel() for sample in samples]
+        self._scale = total / max(1, sum(sizes))
+        self._start = _Snapshot([_Known(p, p.device, p.dtype, p.shape) for p in parameters], sizes, _flat(samples))
 
     @torch.no_grad()
     def finish(self) -> dict[str, float]:
         """Return the interval's `grad_norm`, `grad_norm_std`, `grad_cosine` and `update_ratio`, and start the next."""
-        known = self._known()
-        parameters, moved = list(known), list(known.values())
-        if known:
-            torch._foreach_sub_(moved, parameters)  # `begin` fills them anew
-        distance, size = torch.stack([_norm(moved), _norm(parameters)]).tolist()
-        products = _together(self._products).tolist() if self._products else []
+        products = torch.stack(self._products).tolist() if self._products else []
         taken = [pair for pair in zip(products, self._with_cosine, strict=True) if pair[0][0] != _LEFT_OUT]
-        norms = [math.sqrt(gg) for (gg, _, _), _ in taken]
+        norms = [math.sqrt(self._scale * gg) for (gg, _, _), _ in taken]
         cosines = [gm / max(math.sqrt(gg) * math.sqrt(mm), 1e-12) for (gg, mm, gm), measured in taken if measured]
         mean = _mean(norms)
-        signals = {
+        before = self._start
+        self.begin()
+        return {
             "grad_norm": mean,
             "grad_norm_std": math.sqrt(_mean([(norm - mean) * (norm - mean) for norm in norms])),
             "grad_cosine": _mean(cosines),
-            "update_ratio": distance / max(size, 1e-12),
+            "update_ratio": _moved(before, self._start),
         }
-        self.begin()
-        return signals
 
     @property
     def steps(self) -> int:
@@ -102,10 +102,9 @@ class GradientMeter:
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
 
-    def _known(self) -> dict[Tensor, Tensor]:
-        """Parameter -> its copy, of those that were there at the start, neither frozen, moved nor converted since."""
-        pairs = {p: self._start[p] for p in self._parameters() if p in self._start}
-        return {p: s for p, s in pairs.items() if (p.device, p.dtype, p.shape) == (s.device, s.dtype, s.shape)}
+    def _sample(self, parameter: Tensor, values: Tensor) -> Tensor:
+        """Of `values`, shaped like `parameter`, those that are looked at."""
+        return values[self._rows[parameter]] if parameter in self._rows else values
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -132,57 +131,84 @@ class GradientMeter:
 
     @torch.no_grad()
     def _measure(self, optimizer: torch.optim.Optimizer) -> None:
-        pairs = [(p.grad, momentum_of(optimizer, p)) for p in self._parameters() if p.grad is not None]
-        if not pairs or any(gradient.is_sparse for gradient, _ in pairs):
+        known = {p: p.grad for p in self._parameters() if p.grad is not None}
+        if not known or any(gradient.is_sparse for gradient in known.values()):
             return
-        gradients = [gradient for gradient, _ in pairs]
-        momenta = [momentum for _, momentum in pairs if momentum is not None]
-        if len(momenta) == len(pairs):
-            dots = [_dot(*pair) for pair in zip(gradients, momenta, strict=True)]
-            parts = _together([*_norms([*gradients, *momenta]), *dots]).view(3, -1)
-        else:
-            parts = functional.pad(_together(_norms(gradients))[None], (0, 0, 0, 2))
+        gradient = _flat([self._sample(p, gradient) for p, gradient in known.items()])
+        momenta = [self._sample(p, momentum) for p in known if (momentum := momentum_of(optimizer, p)) is not None]
+        complete = len(momenta) == len(known)
+        momentum = _flat(momenta).to(gradient) if complete else torch.zeros_like(gradient)
         # A fused optimizer under a GradScaler undoes the scale, or leaves out the step, itself, inside its step.
         scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if scale is not None:
-            parts[::2] /= scale.to(parts)
-        parts[:2].square_()
-        self._products.append(parts.sum(1))
+            gradient /= scale.to(gradient)
+        pairs = ((gradient, gradient), (momentum, momentum), (gradient, momentum))
+        self._products.append(torch.stack([torch.vdot(*pair).real for pair in pairs]))
         if overflow is not None:
-            self._products[-1].masked_fill_(overflow.to(parts.device) > 0, _LEFT_OUT)
+            self._products[-1].masked_fill_(overflow.to(gradient.device) > 0, _LEFT_OUT)
         # In the run's first step there is no momentum yet: the cosine is 0.
-        self._with_cosine.append(len(momenta) == len(pairs) or not optimizer.state)
+        self._with_cosine.append(complete or not optimizer.state)
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norm of all elements; in single precision at least, on the first tensor's device."""
+def _rows(shape: torch.Size, stride: int) -> tuple[slice, ...]:
+    """Every `stride`-th entry along the first dimension that has as many, or else along the longest."""
+    if not shape:
+        return ()
+    dim = next((dim for dim, size in enumerate(shape) if size >= stride), shape.index(max(shape)))
+    return (slice(None),) * dim + (slice(None, None, stride),)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements in one copy, on the first tensor's device; in single precision at least."""
     if not tensors:
-        return torch.tensor(torch.nan)
-    norm: Tensor = torch.linalg.vector_norm(_together(_norms(tensors)))
-    return norm
+        return torch.empty(0)
+    device, dtype = tensors[0].device, torch.promote_types(tensors[0].dtype, torch.float32)
+    flat = [tensor.flatten() for tensor in tensors]
+    return torch.cat(
+        [part if (part.device, part.dtype) == (device, dtype) else part.to(device, dtype) for part in flat]
+    )
 
 
-def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
-    return torch._foreach_norm(tensors, dtype=_precise(tensors[0]))
+class _Known(NamedTuple):
+    """A parameter, and what it was when it was looked at. Equal to itself alone."""
+
+    parameter: Tensor
+    device: torch.device
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Known) and self.parameter is other.parameter and self[1:] == other[1:]
+
+    def __hash__(self) -> int:
+        return id(self.parameter)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of the products of all elements; in single precision at least, for which less precise ones are copied."""
-    dtype = _precise(a)
-    if not a.dtype == b.dtype == dtype:
-        a, b = a.to(dtype), b.to(dtype)
-    product: Tensor = torch.vdot(a.flatten(), b.flatten()).real
-    return product
+class _Snapshot(NamedTuple):
+    """What was looked at of the parameters, `sizes` of each, one after the other in `values`."""
+
+    known: list[_Known]
+    sizes: list[int]
+    values: Tensor
 
 
-def _precise(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+NOTHING = _Snapshot([], [], torch.empty(0))
+"""A snapshot that nothing can be compared with."""
 
 
-def _together(tensors: Sequence[Tensor]) -> Tensor:
-    device = tensors[0].device
-    return torch.stack([tensor if tensor.device == device else tensor.to(device) for tensor in tensors])
+def _moved(before: _Snapshot, after: _Snapshot) -> float:
+    """Distance over norm at the end, of the parameters that were there all the time, neither moved nor converted."""
+    start, end = before.values, after.values
+    if before[:2] != after[:2]:
+        parts = dict(zip(zip(before.known, before.sizes, strict=True), torch.split(start, before.sizes), strict=True))
+        there = zip(zip(after.known, after.sizes, strict=True), torch.split(end, after.sizes), strict=True)
+        pairs = [(parts[key], part) for key, part in there if key in parts]
+        start, end = _flat([pair[0] for pair in pairs]), _flat([pair[1] for pair in pairs])
+    if not len(end):
+        return math.nan
+    distance, size = (float(torch.linalg.vector_norm(x)) for x in (end - start, end))
+    return distance / max(size, 1e-12)

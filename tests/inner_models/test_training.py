@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from inner_models.models import Dropout, ModelKind, ModelSpec, build_model
 from inner_models.sampling import BatchSampler, draw_bytes, draw_order
-from inner_models.signals import MEASURE_EVERY, SIGNALS, GradientMeter
+from inner_models.signals import MEASURE_EVERY, SAMPLED, SIGNALS, GradientMeter
 from inner_models.tasks import Task, prepare
 from inner_models.training import Training, build_optimizer
 
@@ -254,6 +254,54 @@ def test_gradient_meter_after_a_conversion() -> None:
     model.weight.grad = torch.tensor([[0.0, 8.0]], dtype=torch.float64)
     optimizer.step()
     assert meter.finish()["update_ratio"] == pytest.approx(4 / 3)
+
+
+@pytest.mark.parametrize("width", [64, 700])
+def test_gradient_meter_looks_at_a_part_of_large_models(width: int) -> None:
+    """Up to `SAMPLED` parameters all signals are exact; of larger models, estimates from not many more."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(width, width), (width,), (3, width, 5), (2, 2), ()]
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    total = sum(parameter.numel() for parameter in parameters)
+    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.5)
+    meter = GradientMeter(optimizer)
+    start = torch.cat([parameter.detach().flatten().clone() for parameter in parameters])
+    norms, cosines = [], [0.0]
+    for step in range(MEASURE_EVERY + 1):
+        momentum = [optimizer.state[p]["momentum_buffer"].flatten().clone() for p in parameters] if step else []
+        for parameter in parameters:
+            parameter.grad = 0.3 * parameter.detach() + torch.randn(parameter.shape, generator=generator)
+        if step % MEASURE_EVERY == 0:
+            gradient = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+            norms.append(gradient.norm().item())
+            if step:
+                cosines.append(torch.cosine_similarity(gradient, torch.cat(momentum), dim=0).item())
+        optimizer.step()
+    end = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    looked_at = len(meter._start.values)
+    assert looked_at == total if total <= SAMPLED else SAMPLED / 2 < looked_at < 1.2 * SAMPLED < total
+    tolerance = 1e-5 if looked_at == total else 0.02
+    signals = meter.finish()
+    assert signals["grad_norm"] == pytest.approx(np.mean(norms), rel=tolerance)
+    assert signals["grad_cosine"] == pytest.approx(np.mean(cosines), abs=tolerance)
+    assert signals["update_ratio"] == pytest.approx(((end - start).norm() / end.norm()).item(), rel=tolerance)
+
+
+def test_gradient_meter_when_parameters_come_and_go() -> None:
+    """A new parameter has no start to be compared with; a frozen one is left out."""
+    first, second, third = (nn.Parameter(torch.full((4,), value)) for value in (3.0, 4.0, 5.0))
+    optimizer = torch.optim.SGD([first, second], lr=1.0)
+    meter = GradientMeter(optimizer)
+    optimizer.add_param_group({"params": [third]})
+    second.requires_grad_(False)
+    for parameter in (first, third):
+        parameter.grad = torch.full((4,), 1.0)
+    optimizer.step()
+    assert meter.finish()["update_ratio"] == pytest.approx(1 / 2)
+    third.grad = torch.full((4,), 2.0)
+    first.grad = None
+    optimizer.step()
+    assert meter.finish()["update_ratio"] == pytest.approx(2 / math.hypot(2, 2))
 
 
 # -- dropout -----------------------------------------------------------------------------------------------------------

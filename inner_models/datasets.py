@@ -4,6 +4,7 @@ Everything bundled here comes inside packages and needs no network. Splits are 6
 source has its own order (time, text) or its own test rows. Inputs are standardized with the statistics of the *train*
 split and clipped to +-10; regression targets are standardized the same way (prices after a logarithm). Missing values
 become the train mean. `seed` fixes the split, and the sample of a procedural set; nothing reads a global seed.
+Samples of a set are sets, too: `letter:classes=5,features=8,rows=600` (`inner_models.sub_datasets`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from inner_models import generators
 from inner_models.names import unknown
+from inner_models.sub_datasets import Sampling, parent_of
 
 Modality = Literal["table", "image", "sequence", "text"]
 Target = Literal["classification", "regression", "next_token"]
@@ -90,6 +92,7 @@ class _Source:
     inputs: Array
     targets: Array  # integer [rows] classes, integer [rows, length] tokens, or float [rows, outputs]
     parts: Array | None = None  # [rows] 0 train, 1 val, 2 test, -1 left out; without any 1, val is cut from train
+    vocabulary: int | None = None  # where the rows may not show all of it
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,10 @@ class _Spec:
 
 
 def dataset_names() -> list[str]:
-    """Names of all bundled sets; `openml:<id or name>` and `torchvision:<Name>` download further ones."""
+    """Names of all bundled sets; `openml:<id or name>` and `torchvision:<Name>` download further ones.
+
+    Sub-data sets (`letter:classes=5,rows=600`) are not listed: `inner_models.sub_datasets.Sampling` says what there is.
+    """
     return sorted(_REGISTRY)
 
 
@@ -109,7 +115,8 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
     """The data set `name`, split by `seed` (memoised).
 
     Raises:
-        DatasetError: unknown name, negative seed, or a package or file that is not installed.
+        DatasetError: unknown name, negative seed, a package or file that is not installed, or a sample that cannot be
+            drawn.
     """
     if seed < 0:
         raise DatasetError(f"the seed of a data set must not be negative, got {seed}")
@@ -118,23 +125,24 @@ def load_dataset(name: str, *, seed: int = 0) -> Dataset:
 
 def check_dataset_name(name: str) -> None:
     """Raise a DatasetError that suggests the nearest name unless `name` is one. Loads nothing."""
-    _spec(name)
+    _spec(parent_of(name))
+    _sampling(name)
 
 
 @lru_cache(maxsize=64)
 def _load(name: str, seed: int) -> Dataset:
-    spec = _spec(name)
+    spec, sampling = _spec(parent_of(name)), _sampling(name)
     if spec.needs is not None and importlib.util.find_spec(spec.needs) is None:
         package, extra = spec.needs.replace("_", "-"), "vision" if spec.needs == "torchvision" else "data"
         raise DatasetError(f"data set {name!r} needs the package {package}: pip install 'hyperpilot[{extra}]'")
     rng = np.random.default_rng([zlib.crc32(name.encode()), seed])
-    source = spec.load(rng)
+    source = _sample(name, _load(parent_of(name), seed), sampling) if sampling else spec.load(rng)
     if source.targets.dtype.kind == "f":
         target: Target = "regression"
     else:
         target = "classification" if source.targets.ndim == 1 else "next_token"
     train, val, test = _split_rows(source, target, rng)
-    inputs, targets, outputs = source.inputs, source.targets, int(source.targets.max()) + 1
+    inputs, targets, outputs = source.inputs, source.targets, source.vocabulary or int(source.targets.max()) + 1
     if spec.modality != "text":
         # Statistics are per feature of a table, and per channel of an image or a sequence.
         axes = {"table": (0,), "image": (0, 2, 3), "sequence": (0, 1)}[spec.modality]
@@ -149,6 +157,29 @@ def _load(name: str, seed: int) -> Dataset:
     return Dataset(name, spec.modality, target, shape, outputs, spec.procedural, split(train), split(val), split(test))
 
 
+def _sampling(name: str) -> Sampling | None:
+    """What a sub-data set samples; None for any other name."""
+    parent = parent_of(name)
+    if parent == name:
+        return None
+    try:
+        return Sampling.parse(name.removeprefix(f"{parent}:"))
+    except ValueError as error:
+        raise DatasetError(f"data set {name!r}: {error}") from None
+
+
+def _sample(name: str, parent: Dataset, sampling: Sampling) -> _Source:
+    """Rows of `parent`, each in the split where it is; they are standardized anew, as if there were no others."""
+    splits = [split for split in (parent.train, parent.val, parent.test) if split is not None]
+    inputs, targets = (np.concatenate([getattr(split, of) for split in splits]) for of in ("inputs", "targets"))
+    parts = np.repeat(np.arange(len(splits)), [len(split) for split in splits])
+    try:
+        sample = sampling.apply(parent.modality, inputs, targets, parts)
+    except ValueError as error:
+        raise DatasetError(f"data set {name!r}: {error}") from None
+    return _Source(*sample, vocabulary=parent.outputs if parent.target == "next_token" else None)
+
+
 def _spec(name: str) -> _Spec:
     if name in _REGISTRY:
         return _REGISTRY[name]
@@ -157,6 +188,8 @@ def _spec(name: str) -> _Spec:
         return _Spec("table", partial(_openml, rest), needs="pandas")
     if prefix == "torchvision" and rest:
         return _Spec("image", partial(_torchvision, rest), needs="torchvision")
+    if prefix in _REGISTRY and rest:
+        raise DatasetError(f"{name!r}: a sub-data set is named like {prefix}:rows=600,seed=3, with options once")
     families = [f"{family}-0..{count - 1}" for family, (_, _, count) in _FAMILIES.items()]
     known = sorted(families + [other for other in _REGISTRY if other.rpartition("-")[0] not in _FAMILIES])
     raise DatasetError(unknown("data set", name, _REGISTRY, shown=known))

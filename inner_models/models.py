@@ -271,6 +271,12 @@ def _autoencoder(spec: ModelSpec, dataset: Dataset) -> list[nn.Module]:
     return [*layers, nn.Linear(fan_in, size)]
 
 
+def encoder(autoencoder: nn.Sequential) -> nn.Sequential:
+    """The first half of a model of kind `autoencoder`, sharing its weights: from inputs to codes, `[rows, code]`."""
+    linears = [at for at, module in enumerate(autoencoder) if isinstance(module, nn.Linear)]
+    return nn.Sequential(*list(autoencoder)[: linears[len(linears) // 2]])
+
+
 _LAYERS: dict[str, Callable[[ModelSpec, Dataset], list[nn.Module]]] = {
     "linear": _linear,
     "mlp": _mlp,

@@ -6,6 +6,7 @@ Duplicates stay on one side: digits lies inside optdigits, and both are in meta-
 from __future__ import annotations
 
 from inner_models.models import ModelKind, ModelSpec
+from inner_models.sub_datasets import parent_of
 from inner_models.tasks import Task, TaskDistribution
 
 _TABLES = (
@@ -86,7 +87,7 @@ sets appear in no other split."""
 
 
 def datasets_of(split: TaskDistribution | tuple[Task, ...]) -> frozenset[str]:
-    """The data sets of a split."""
+    """The data sets of a split. A sub-data set counts as the one that its rows come from."""
     if isinstance(split, TaskDistribution):
-        return frozenset(name for name, _ in split.entries)
-    return frozenset(task.dataset for task in split)
+        return frozenset(parent_of(name) for name, _ in split.entries)
+    return frozenset(parent_of(task.dataset) for task in split)

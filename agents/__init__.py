@@ -3,7 +3,9 @@
 Importing this package imports neither stable-baselines3 nor tensorboard.
 """
 
+from inner_models.augmentation import Augment
+
 from .policy import ControlPolicy, PolicyError
 from .tuner import Tuner
 
-__all__ = ["ControlPolicy", "PolicyError", "Tuner"]
+__all__ = ["Augment", "ControlPolicy", "PolicyError", "Tuner"]

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from hpo_env.base_schedules import calibrated_rule
 from hpo_env.control import MAX_DECISIONS
 from hpo_env.env import Variation
 from hpo_env.hyperparameters import CONTROLS, Array
+from hpo_env.observations import FEATURES
 from hpo_env.rewards import leave_one_out
 from hpo_env.vector_env import HPOVectorEnv
 from inner_models.tasks import Task
@@ -39,9 +39,11 @@ from inner_models.tasks import Task
 from .board import ABOUT, META_TRAINING_TAGS, about, write_hparams
 from .files import CONFIG_FILE, only_writer, write_atomically
 from .inspection import blind
-from .policy import OBSERVATION_CLIP, ControlPolicy, PolicyHeader
+from .policy import ControlPolicy, PolicyHeader
 
 ADAPTED_FILE = "policy.safetensors"
+
+_NAMES = [feature.name for feature in FEATURES]
 
 _TAGS = {tag: meaning for tag, meaning in META_TRAINING_TAGS.items() if not tag.startswith("meta_validation")}
 
@@ -89,7 +91,7 @@ class Cohort:
 
     Attributes:
         observations: `[decisions, runs, features]`.
-        noise: of the actions, in standard deviations, `[decisions, runs, controls]`.
+        noise: of the actions on the controls in the policy's header, in standard deviations, `[decisions, runs, ...]`.
         under_way: which decisions count, `[decisions, runs]`.
         falls: by how much each run's log validation loss fell in all, `[runs]`.
         scalars: TensorBoard tag -> value.
@@ -188,21 +190,23 @@ def _check(policy: ControlPolicy, task: Task) -> None:
 
 def train_runs(policy: ControlPolicy, env: HPOVectorEnv, noise: float, rng: np.random.Generator) -> Cohort:
     """Train a cohort's runs under the policy, with exploration."""
-    runs, unseen = env.num_envs, np.isin(policy.header.features, blind(policy))
+    runs, unseen = env.num_envs, np.isin(_NAMES, blind(policy))
     observations, _ = env.reset(seed=[int(rng.integers(2**31))] * runs)
-    first, later = opposites(runs, rng), opposites(runs, rng)
+    controls = len(policy.header.controls)
+    first, later = opposites(runs, controls, rng), opposites(runs, controls, rng)
     seen, draws = list[NDArray[np.float32]](), list[NDArray[np.float32]]()
     counts: list[NDArray[np.bool_]] = []
     falls, ends, left = np.zeros(runs), np.full(runs, np.nan), np.ones(runs, bool)
     lost = np.zeros(runs, bool)
     used: dict[str, list[Array]] = {name: [] for name in CONTROLS}
     while left.any():
-        seen.append(np.where(unseen, policy.mean.numpy(), observations))  # so that nothing is learned from these
+        seen.append(np.where(unseen, policy.typical, observations))  # so that nothing is learned from these
         draws.append(later if counts else first)
         counts.append(left)
         with torch.inference_mode():
-            actions = means(policy, torch.from_numpy(seen[-1])).numpy() + noise * draws[-1]
-        observations, rewards, terminated, _, infos = env.step(np.clip(actions, -1, 1))
+            actions = policy.means(torch.from_numpy(seen[-1])) + noise * torch.from_numpy(draws[-1])
+            actions = policy.on_all_controls(actions.clamp(-1, 1))
+        observations, rewards, terminated, _, infos = env.step(actions.numpy())
         falls += np.where(left, rewards, 0)
         final = infos["final_info"] if terminated.any() else infos
         ends = np.where(left & terminated, final["val_loss"], ends)
@@ -222,20 +226,11 @@ def train_runs(policy: ControlPolicy, env: HPOVectorEnv, noise: float, rng: np.r
     return Cohort(np.stack(seen), np.stack(draws), np.stack(counts), falls, scalars)
 
 
-def opposites(runs: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Draws for the exploration, `[runs, controls]`, each of length sqrt(controls): orthogonal ones and their
-    opposites, then others."""
-    size = len(CONTROLS)
+def opposites(runs: int, size: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Draws for the exploration, `[runs, size]`, each of length sqrt(size): orthogonal ones and their opposites, then
+    others."""
     turned = [np.linalg.qr(rng.standard_normal((size, size)))[0] * math.sqrt(size) for _ in range(-(-runs // size))]
     return np.concatenate([sign * rows for rows in turned for sign in (1, -1)])[:runs].astype(np.float32)
-
-
-def means(policy: ControlPolicy, observations: Tensor) -> Tensor:
-    """Mean actions `[..., controls]`, not yet clipped, at observations `[..., features]`: `ControlPolicy.forward` would
-    pass no gradient beyond -1..1."""
-    normalized = ((observations - policy.mean) / policy.std).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
-    result: Tensor = policy.network(normalized)
-    return result
 
 
 def improve(
@@ -255,9 +250,9 @@ def improve(
     draws, observations = (torch.from_numpy(part)[counts] for part in (cohort.noise, cohort.observations))
     advantages = torch.from_numpy((worth / spread).astype(np.float32)).expand(counts.shape)[counts]
     with torch.no_grad():
-        before = means(policy, observations)
+        before = policy.means(observations)
     for _ in range(settings.steps):
-        shift = (means(policy, observations) - before) / settings.noise
+        shift = (policy.means(observations) - before) / settings.noise
         divergence = shift.square().sum(1).mean().item() / 2
         ratio = (draws * shift - shift.square() / 2).sum(1).exp()
         clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)
@@ -280,7 +275,7 @@ def _widened(policy: ControlPolicy, cohort: Cohort, horizon: int) -> PolicyHeade
     unseen = blind(policy)
     seen = cohort.observations[cohort.under_way]
     low, high = seen.min(axis=0).tolist(), seen.max(axis=0).tolist()
-    found = {**dict(zip(policy.header.features, zip(low, high, strict=True), strict=True)), "horizons": (horizon,) * 2}
+    found = {**dict(zip(_NAMES, zip(low, high, strict=True), strict=True)), "horizons": (horizon,) * 2}
     for name in ranges.keys() - set(unseen):
         ranges[name] = (min(ranges[name][0], found[name][0]), max(ranges[name][1], found[name][1]))
     return replace(policy.header, trained_ranges=ranges)

@@ -62,13 +62,13 @@ class Cohort:
         initial_loss: `[runs]`, validation losses before training.
         parameters: trainable parameters of the model.
         examples: training examples of a whole run.
-        has_dropout: whether the model has dropout layers.
+        hyperparameters: names of those that the runs have.
     """
 
     def __init__(self, training: BatchedTraining) -> None:
         self._training = training
         self.task, self.runs = training.task, training.replicas
-        self.parameters, self.has_dropout = training.parameters, training.has_dropout
+        self.parameters, self.hyperparameters = training.parameters, training.hyperparameters
         self.examples = prepare(self.task).interval_examples * self.task.horizon
         self.initial_loss = training.evaluate("val")
 
@@ -144,14 +144,14 @@ def train_cohort(task: Task, method: CohortMethod, seeds: Sequence[int], *, devi
     training = BatchedTraining(task, seeds, device=device)  # without the test split
     cohort = Cohort(training)
     controller = method.attach(cohort)
-    names = [name for name in CONTROLS if name != "dropout" or training.has_dropout]
+    names = [name for name in CONTROLS if name in training.hyperparameters]
     history: list[Mapping[str, Array]] = []
     controls: list[dict[str, Array]] = []
     best = np.full(len(seeds), np.inf)
     snapshots = [cohort.snapshot(run) for run in range(len(seeds))]
     for _ in range(task.horizon):
         controls.append({name: np.array(controller.values[name]) for name in names})
-        signals = training.advance({**{name: np.zeros(len(seeds)) for name in CONTROLS}, **controls[-1]})
+        signals = training.advance(controls[-1])
         history.append(signals)
         for run in np.flatnonzero(signals["val_loss"] < best).tolist():
             best[run], snapshots[run] = signals["val_loss"][run], cohort.snapshot(run)
@@ -254,7 +254,7 @@ class Following:
     """A schedule on a torch run."""
 
     def __init__(self, schedule: Schedule, run: Training) -> None:
-        self._binding = Binding(run.optimizer, run.model, run.batch_sampler)
+        self._binding = Binding(run.optimizer, run.model, run.batch_sampler, run.criterion)
         self._controller = schedule.attach(_OneRun(run.task))
         self._apply()
 

@@ -23,6 +23,8 @@ RUN_TAGS: dict[str, tuple[str, str]] = {
     "control/batch_size": ("batch size over the epoch", "examples"),
     "control/weight_decay": ("weight decay over the epoch, largest of the parameter groups", "share per step and lr"),
     "control/dropout": ("dropout over the epoch, largest of the layers", "probability"),
+    "control/augmentation": ("strength of the augmentation over the epoch", "share of the largest"),
+    "control/label_smoothing": ("label smoothing over the epoch", "share of the target"),
     "control_groups/lr/*": ("the same of each parameter group, where they differ", "step size"),
     "control_groups/weight_decay/*": ("the same of each parameter group, where they differ", "share per step and lr"),
     "policy/reasons": ("why the policy set what it set, at the first epoch that it is for", "text"),

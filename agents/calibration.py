@@ -43,15 +43,28 @@ RULE_RANGES: dict[str, dict[str, tuple[float, float]]] = {
 }
 """The same for the trials that a base rule is fitted to."""
 
+REGULARIZER_RANGE = (0.005, 0.5)
+"""Of each of `REGULARIZERS`, log-uniform, for tasks that have them."""
+
+SEARCHED = tuple(SEARCH_RANGES["adamw"])
+"""What every search covers, and every rule is fitted for."""
+
 
 def sample_schedules(
     optimizer: OptimizerName,
     count: int,
     rng: np.random.Generator,
     ranges: Mapping[str, Mapping[str, tuple[float, float]]] = SEARCH_RANGES,
+    *,
+    regularizers: Sequence[str] = (),
 ) -> list[BaseSchedule]:
-    """Draw schedules at random from `ranges`."""
+    """Draw schedules at random from `ranges`.
+
+    Args:
+        regularizers: further controls to draw, from a generator of their own: the others' values do not depend on it.
+    """
     schedules = []
+    (others,) = rng.spawn(1)
     for _ in range(count):
         values = {}
         for name, (low, high) in ranges[optimizer].items():
@@ -60,6 +73,8 @@ def sample_schedules(
             )
             control = CONTROLS[name]
             values[name] = float(control.from_scale(control.to_scale(np.asarray(drawn))))
+        low, high = np.log(REGULARIZER_RANGE)
+        values |= {name: math.exp(others.uniform(low, high)) for name in regularizers}
         schedules.append(BaseSchedule(**values))
     return schedules
 
@@ -85,7 +100,9 @@ class RandomTrials:
 class _Trials:
     def __init__(self, trials: RandomTrials, runs: Runs) -> None:
         rng = np.random.default_rng(trials.seed)
-        self._schedules = sample_schedules(runs.task.optimizer, trials.first + trials.count, rng)[trials.first :]
+        regularizers = prepare(runs.task).regularizers
+        drawn = sample_schedules(runs.task.optimizer, trials.first + trials.count, rng, regularizers=regularizers)
+        self._schedules = drawn[trials.first :]
         self._horizon = runs.task.horizon
         self._interval = 0
 
@@ -166,7 +183,7 @@ class Trials:
 
     Attributes:
         examples, parameters: of a run of the task.
-        settings: `[trials, controls]`, in scale units.
+        settings: `[trials, controls]`, in scale units, of those that `RULE_RANGES` has.
         regrets: `[trials]`.
     """
 
@@ -202,7 +219,7 @@ def fit_rule(
     rng = np.random.default_rng(seed)
     distribution = replace(distribution, optimizers=(optimizer,))
     rule: BaseRule | None = None
-    spread = np.zeros(len(CONTROLS))
+    spread = np.zeros(len(SEARCHED))
     found: list[Trials] = []
     for round_, count in enumerate(tasks):
         jobs = []
@@ -216,8 +233,8 @@ def fit_rule(
         results = Parallel(n_jobs=workers, return_as="generator")(delayed(_single_threaded)(*job) for job in jobs)
         before = len(found)
         for (task, schedules, _), losses in zip(jobs, results, strict=True):
-            settings = np.array([[getattr(schedule, name) for name in CONTROLS] for schedule in schedules])
-            scaled = [control.to_scale(column) for control, column in zip(CONTROLS.values(), settings.T, strict=True)]
+            settings = np.array([[getattr(schedule, name) for name in SEARCHED] for schedule in schedules])
+            scaled = [CONTROLS[name].to_scale(column) for name, column in zip(SEARCHED, settings.T, strict=True)]
             found.append(Trials(*_size(task), np.stack(scaled, axis=1), regrets(losses[None])[0]))
             report(f"{optimizer}: round {round_ + 1}, task {len(found) - before} of {count} ({task.name})")
         rule, spread = linear_fit(found)
@@ -239,20 +256,21 @@ def linear_fit(found: Sequence[Trials]) -> tuple[BaseRule, Array]:
     design = np.column_stack([np.ones(len(found)), np.log(sizes)])
     gram = design.T @ design + np.diag([0, SHRINKAGE, SHRINKAGE])
     coefficients = np.linalg.solve(gram, design.T @ good)
-    rows = {name: (float(a), float(b), float(c)) for name, (a, b, c) in zip(CONTROLS, coefficients.T, strict=True)}
-    return BaseRule(rows), np.asarray((good - design @ coefficients).std(axis=0))
+    rows = {name: (float(a), float(b), float(c)) for name, (a, b, c) in zip(SEARCHED, coefficients.T, strict=True)}
+    rule = BaseRule.from_dict({"coefficients": rows, "warmup": BaseRule.warmup})
+    return rule, np.asarray((good - design @ coefficients).std(axis=0))
 
 
 def _around(rule: BaseRule, task: Task, spread: Array, count: int, rng: np.random.Generator) -> list[BaseSchedule]:
     """The rule's own schedule, and `count` - 1 around it."""
     peaks = rule.peaks(*(np.array([size]) for size in _size(task)))
-    center = np.array([float(control.to_scale(peaks[name])[0]) for name, control in CONTROLS.items()])
-    settings = center + 0.8 * spread * rng.normal(size=(count, len(CONTROLS))) * (np.arange(count) > 0)[:, None]
+    center = np.array([float(CONTROLS[name].to_scale(peaks[name])[0]) for name in SEARCHED])
+    settings = center + 0.8 * spread * rng.normal(size=(count, len(SEARCHED))) * (np.arange(count) > 0)[:, None]
     return [
         BaseSchedule(
             **{
-                name: float(control.from_scale(np.asarray(value)))
-                for (name, control), value in zip(CONTROLS.items(), row, strict=True)
+                name: float(CONTROLS[name].from_scale(np.asarray(value)))
+                for name, value in zip(SEARCHED, row, strict=True)
             }
         )
         for row in settings

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from hpo_env.actions import apply_offsets
@@ -96,6 +97,7 @@ def with_policy(policy: ControlPolicy) -> MakeController:
             policy,
             run.optimizer,
             model=run.model,
+            criterion=run.criterion,
             total_epochs=run.task.horizon,
             examples_per_epoch=run.data.interval_examples,
             batch_size=run.batch_sampler.batch_size,
@@ -128,7 +130,8 @@ class Attached:
             momentum_sgd=task.optimizer == "sgd",
             max_factor=GIVEN_FACTOR if method.start == "given" else math.inf,
         )
-        self._moved = [name for name in method.controls if name != "dropout" or cohort.has_dropout]
+        has = set(cohort.hyperparameters) & set(method.policy.header.controls)
+        self._moved = [name for name in method.controls if name in has]
         lacking = {name: 0.0 for name in CONTROLS if name not in self._moved}
         known = {"val_loss": cohort.initial_loss} if method.initial_loss else {}
         examples = np.full(cohort.runs, float(cohort.examples) if method.examples else np.nan)
@@ -170,7 +173,8 @@ class Attached:
     def _decide(self) -> None:
         observations = self._loop.observe()
         if self._method.acts == "random":
-            actions = self._rng.uniform(-1, 1, (self._cohort.runs, len(CONTROLS)))
+            drawn = self._rng.uniform(-1, 1, (self._cohort.runs, len(self._method.policy.header.controls)))
+            actions = self._method.policy.on_all_controls(torch.from_numpy(drawn)).numpy()
         else:
             actions = self._method.policy.act(self._seen(observations))[0]
         lost = self._method.policy.out_of_depth(observations) & (self._method.acts == "policy")
@@ -193,7 +197,7 @@ class Attached:
         if sees == "own" or not self._intervals.epoch:  # nothing is measured yet
             return observations
         if sees == "nothing":
-            return np.where(MEASURED, method.policy.mean.numpy(), observations)
+            return np.where(MEASURED, method.policy.typical, observations)
         assert isinstance(sees, Elsewhere)
         chosen = [sees.runs[index] for index in self._rng.integers(len(sees.runs), size=self._cohort.runs)]
         others = np.stack([run[self._intervals.epoch * len(run) // self._cohort.task.horizon] for run in chosen])

@@ -231,7 +231,7 @@ def ablations(policy: ControlPolicy) -> dict[str, Any]:
     """Less than the whole policy: parts of it, and what it does without eyes or without sense."""
     return {
         "base-rule": Replay(policy.header.base_rules, np.zeros((1, GRID, len(CONTROLS)))),
-        **{f"{name}-only": WithPolicy(policy, controls=(name,), guard=False) for name in CONTROLS},
+        **{f"{name}-only": WithPolicy(policy, controls=(name,), guard=False) for name in policy.header.controls},
         "lr-and-batch-size": WithPolicy(policy, controls=("lr", "batch_size"), guard=False),
         "without-guard": WithPolicy(policy, guard=False),
         "with-initial-loss": WithPolicy(policy, initial_loss=True),

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpo_env.base_schedules import calibrated
+from hpo_env.base_schedules import REGULARIZERS, calibrated
 from hpo_env.hyperparameters import CONTROLS, Binding, Hyperparameter
 from inner_models.sampling import MICRO_BATCH
 from inner_models.tasks import OptimizerName
@@ -92,7 +92,7 @@ class LearnedSchedule:
 
     def attach(self, runs: Runs) -> Controller:
         self.check(runs.task.optimizer)
-        fixed = {"batch_size": float(self.batch_size), "dropout": self.dropout}
+        fixed = {"batch_size": float(self.batch_size), "dropout": self.dropout, **dict.fromkeys(REGULARIZERS, 0.0)}
         horizon = runs.task.horizon
         return Listed([self.at((interval + 0.5) / horizon) | fixed for interval in range(horizon)], runs.runs)
 
@@ -111,8 +111,8 @@ class _EveryStep:
     def __init__(self, schedule: LearnedSchedule, run: Training) -> None:
         schedule.check(run.task.optimizer)
         self._schedule, self._taken = schedule, 0
-        self._binding = Binding(run.optimizer, run.model, run.batch_sampler)
-        fixed = {"batch_size": schedule.batch_size, "dropout": schedule.dropout}
+        self._binding = Binding(run.optimizer, run.model, run.batch_sampler, run.criterion)
+        fixed = {"batch_size": schedule.batch_size, "dropout": schedule.dropout, **dict.fromkeys(REGULARIZERS, 0.0)}
         self._binding.write({name: value for name, value in fixed.items() if name in self._binding.available})
         self._steps = run.task.horizon * len(run.batch_sampler)
         run.optimizer.register_step_pre_hook(self._before)

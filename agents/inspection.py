@@ -50,12 +50,14 @@ _FLAGS = ("examples_known", "momentum_sgd", "first_decision", "val_missing", "gr
 
 
 def blind(policy: ControlPolicy) -> list[str]:
-    """Features that no action depends on: those that never varied in meta-training, and those whose weights are 0."""
+    """Features that no action depends on: those that the policy does not know, those that never varied in
+    meta-training, and those whose weights are 0."""
     first = next(layer for layer in policy.network if isinstance(layer, nn.Linear))
     ranges = policy.header.trained_ranges
     constant = [name for name, (low, high) in ranges.items() if high - low <= CONSTANT]
     columns = zip(policy.header.features, first.weight.detach().numpy().T, strict=True)
-    return [name for name, column in columns if name in constant or not column.any()]
+    sighted = [name for name, column in columns if name not in constant and column.any()]
+    return [name for name in _NAMES if name not in sighted]
 
 
 def sets_of_features(policy: ControlPolicy) -> dict[str, Members]:

@@ -51,7 +51,10 @@ def model_card(policy: ControlPolicy, repo_id: str, revision: str, results: Mapp
                 "file; the digest is that of all that decides, and is checked after the download.",
                 "## Controls",
                 "A decision moves each control away from a base schedule, by a factor (of the odds, for dropout).",
-                _table(("control", "values", "first decision", "later ones", "farthest from the base"), _controls()),
+                _table(
+                    ("control", "values", "first decision", "later ones", "farthest from the base"),
+                    _controls(header.controls),
+                ),
                 "## Trained on",
                 _trained_ranges(header.trained_ranges),
                 _entries(header.training) or "The file does not say how it was trained.",
@@ -83,8 +86,9 @@ tuner = Tuner(policy, optimizer, model=model, loader=loader, total_epochs=30)
 ```"""
 
 
-def _controls() -> Iterable[tuple[str, ...]]:
-    for name, control in CONTROLS.items():
+def _controls(controls: Iterable[str]) -> Iterable[tuple[str, ...]]:
+    for name in controls:
+        control = CONTROLS[name]
         reach = RANGES[name]
         factors = (f"{math.exp(move):.3g}" for move in (reach.first, reach.step, reach.limit))
         yield name, f"{control.low:g} to {control.high:g}", *factors

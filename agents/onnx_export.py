@@ -42,7 +42,9 @@ def export(policy: ControlPolicy, path: Path | str) -> None:
     model = _model(policy)
     metadata = {
         **asdict(policy.header),
-        "feature_bounds": {feature.name: (feature.low, feature.high) for feature in FEATURES},
+        "feature_bounds": {
+            feature.name: (feature.low, feature.high) for feature in FEATURES if feature.name in policy.header.features
+        },
         "digest": policy.digest,
         "format_version": FORMAT_VERSION,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from reprlib import repr as short
 
@@ -11,6 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from hpo_env.hyperparameters import CONTROLS
+from hpo_env.observations import FEATURES
 
 from . import policy_file
 from .files import write_atomically
@@ -22,6 +26,7 @@ __all__ = ["OBSERVATION_CLIP", "ControlPolicy", "PolicyError", "PolicyHeader"]
 OBSERVATION_CLIP = 5.0
 CONSTANT = 1e-3
 """A feature whose range in meta-training is no wider than this never varied there."""
+_FEATURES, _CONTROLS = [feature.name for feature in FEATURES], list(CONTROLS)
 _LARGEST_WEIGHT = 1e6
 """Far above what training gives, and small enough that no activation overflows."""
 
@@ -29,8 +34,13 @@ _LARGEST_WEIGHT = 1e6
 class ControlPolicy(nn.Module):
     """A multilayer perceptron from observations to actions, input normalization included.
 
+    A policy that knows fewer controls than this package reads the features that it knows, and stays on the others.
+
     Args:
         header: see `PolicyHeader`.
+
+    Attributes:
+        mean, std: of the features in the header.
     """
 
     mean: Tensor
@@ -49,10 +59,38 @@ class ControlPolicy(nn.Module):
         self.network = nn.Sequential(*layers, nn.Linear(fan_in, len(header.controls)))
 
     def forward(self, observation: Tensor) -> Tensor:
-        """`[batch, features]` to mean actions `[batch, controls]`, in -1..1."""
+        """The network by itself: `[..., features in the header]` to `[..., controls in the header]`, in -1..1."""
+        return self._unclipped(observation).clamp(-1, 1)
+
+    def _unclipped(self, observation: Tensor) -> Tensor:
         normalized = ((observation - self.mean) / self.std).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
         result: Tensor = self.network(normalized)
-        return result.clamp(-1, 1)
+        return result
+
+    @cached_property
+    def _read(self) -> list[int]:
+        return [_FEATURES.index(name) for name in self.header.features]
+
+    @cached_property
+    def _moved(self) -> list[int]:
+        return [_CONTROLS.index(name) for name in self.header.controls]
+
+    def means(self, observation: Tensor) -> Tensor:
+        """Whole observations `[..., features]` to `[..., controls in the header]`, not yet clipped to -1..1."""
+        return self._unclipped(observation[..., self._read])
+
+    def on_all_controls(self, actions: Tensor) -> Tensor:
+        """`[..., controls in the header]` to `[..., controls]`: the policy stays on those that it does not know."""
+        result = actions.new_zeros(*actions.shape[:-1], len(_CONTROLS))
+        result[..., self._moved] = actions
+        return result
+
+    @property
+    def typical(self) -> NDArray[np.float32]:
+        """The mean of every feature in meta-training, `[features]`; 0 for those that the policy does not know."""
+        means = np.zeros(len(_FEATURES), np.float32)
+        means[self._read] = self.mean.numpy()
+        return means
 
     @torch.inference_mode()
     def act(
@@ -67,7 +105,8 @@ class ControlPolicy(nn.Module):
         Returns:
             Actions `[runs, controls]` in -1..1, and the state for the next call.
         """
-        return self(torch.from_numpy(observation)).double().numpy(), state
+        actions = self.on_all_controls(self.means(torch.from_numpy(observation)).clamp(-1, 1))
+        return actions.double().numpy(), state
 
     def out_of_depth(self, observation: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Which runs look unlike any of the meta-training, `[runs]`: a feature lies farther outside of the range that
@@ -78,8 +117,8 @@ class ControlPolicy(nn.Module):
         """
         ranges = self.header.trained_ranges
         varied = {name: pair for name, pair in ranges.items() if pair[1] - pair[0] > CONSTANT}
-        known = [index for index, name in enumerate(self.header.features) if name in varied]
-        low, high = np.array([varied[self.header.features[index]] for index in known]).reshape(-1, 2).T
+        known = [index for index, name in enumerate(_FEATURES) if name in varied]
+        low, high = np.array([varied[_FEATURES[index]] for index in known]).reshape(-1, 2).T
         seen, width = observation[:, known], high - low
         return np.asarray(((seen < low - width) | (seen > high + width)).any(axis=1))
 

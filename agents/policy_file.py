@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from reprlib import repr as short
 from typing import Any, get_args
@@ -21,9 +21,9 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from hpo_env.actions import RANGES
-from hpo_env.base_schedules import BaseRule
+from hpo_env.base_schedules import REGULARIZERS, BaseRule
 from hpo_env.hyperparameters import CONTROLS
-from hpo_env.observations import FEATURES
+from hpo_env.observations import features_of
 from inner_models.signals import SIGNALS
 from inner_models.tasks import OptimizerName
 
@@ -41,8 +41,8 @@ class PolicyError(ValueError):
     """A policy file that cannot be used; the message says why and what to do."""
 
 
-def _ranges() -> dict[str, dict[str, float]]:
-    return {name: asdict(range_) for name, range_ in RANGES.items()}
+def _ranges(controls: Iterable[str]) -> dict[str, dict[str, float]]:
+    return {name: asdict(RANGES[name]) for name in controls}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class PolicyHeader:
         hidden: widths of the network's hidden layers (tanh).
         base_rules: optimizer kind -> the rule whose schedule its actions deviate from.
         required_signals: signals that a run must give at every step.
-        features, controls, ranges: what the network reads and moves; they must be this package's own.
+        controls: what the network moves: all of this package's, but for `REGULARIZERS`, of which it may lack some.
+        features, ranges: this package's own for these controls.
         trained_ranges: feature -> the least and the largest value that meta-training saw; `horizons` -> intervals in a
             run.
         training: provenance (preset, seed, timesteps, seconds, device, versions, data sets).
@@ -63,9 +64,9 @@ class PolicyHeader:
     hidden: tuple[int, ...]
     base_rules: dict[str, dict[str, Any]]
     required_signals: tuple[str, ...] = ("train_loss", "val_loss")
-    features: tuple[str, ...] = tuple(feature.name for feature in FEATURES)
+    features: tuple[str, ...] = features_of(CONTROLS)
     controls: tuple[str, ...] = tuple(CONTROLS)
-    ranges: dict[str, dict[str, float]] = field(default_factory=_ranges)
+    ranges: dict[str, dict[str, float]] = field(default_factory=lambda: _ranges(CONTROLS))
     trained_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +87,8 @@ def _some(entries: Mapping[str, Check], others: Check | None = None) -> Check:
 
 _OWN = PolicyHeader(hidden=(), base_rules={})
 _SCORE = number(-1e9, 1e9)
-_RULE = table({"coefficients": table(dict.fromkeys(CONTROLS, items(number(-1000, 1000), 3, 3))), "warmup": _warmup})
+_ROWS = table(dict.fromkeys(CONTROLS, items(number(-1000, 1000), 3, 3)), optional=REGULARIZERS)
+_RULE = table({"coefficients": _ROWS, "warmup": _warmup})
 _check_header = table(
     {
         "format_version": anything(0),
@@ -207,7 +209,9 @@ def _check_tensors(entries: dict[str, Any], size: int) -> None:
 
 
 def _header(payload: dict[str, Any]) -> PolicyHeader:
-    own = {"features": list(_OWN.features), "controls": list(_OWN.controls), "ranges": _OWN.ranges}
+    moved = found if isinstance(found := payload.get("controls"), list) else CONTROLS
+    controls = tuple(name for name in CONTROLS if name in moved or name not in REGULARIZERS)
+    own = {"controls": list(controls), "features": list(features_of(controls)), "ranges": _ranges(controls)}
     for name, value in own.items():
         if payload.get(name, value) != value:
             raise PolicyError(
@@ -221,7 +225,7 @@ def _header(payload: dict[str, Any]) -> PolicyHeader:
                 raise ValueError(f"header.trained_ranges.{name} must not fall, as {low}..{high} does")
     except ValueError as error:
         raise PolicyError(f"has a header that does not fit format version {FORMAT_VERSION}: {error}; {_COPY}") from None
-    entries = {name: value for name, value in payload.items() if name not in ("format_version", *own)}
-    tuples = {name: tuple(entries[name]) for name in ("hidden", "required_signals")}
+    entries = {name: value for name, value in payload.items() if name != "format_version"}
+    tuples = {name: tuple(entries[name]) for name in ("hidden", "required_signals", "features", "controls")}
     ranges = {name: (float(low), float(high)) for name, (low, high) in entries["trained_ranges"].items()}
     return PolicyHeader(**{**entries, **tuples, "trained_ranges": ranges})

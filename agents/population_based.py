@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpo_env.base_schedules import REGULARIZERS
 from hpo_env.hyperparameters import CONTROLS, Array
 from inner_models.batched_training import BatchedTraining
-from inner_models.tasks import Task
+from inner_models.tasks import Task, prepare
 
 from .application import held_out_rows
 from .calibration import sample_schedules
@@ -73,7 +74,7 @@ class PopulationBased:
             if interval and not interval % every:
                 for population in populations:
                     population.select()
-            values = {name: np.concatenate([p.values(name) for p in populations]) for name in CONTROLS}
+            values = {name: np.concatenate([p.values(name) for p in populations]) for name in training.hyperparameters}
             losses = training.advance(values)["val_loss"]
             for population in populations:
                 population.observe(losses)
@@ -107,9 +108,11 @@ class Population:
     def __init__(self, training: BatchedTraining, members: Sequence[int], seed: int) -> None:
         self._training, self._members, self.seed = training, members, seed
         self._rng = np.random.default_rng(seed)
-        drawn = sample_schedules(training.task.optimizer, len(members), self._rng)
-        self._values = {name: np.array([getattr(schedule, name) for schedule in drawn]) for name in CONTROLS}
-        self._start = {name: self.values(name) for name in CONTROLS if name != "dropout" or training.has_dropout}
+        self._regularizers = prepare(training.task).regularizers
+        names = [name for name in CONTROLS if name not in REGULARIZERS or name in self._regularizers]
+        drawn = sample_schedules(training.task.optimizer, len(members), self._rng, regularizers=self._regularizers)
+        self._values = {name: np.array([getattr(schedule, name) for schedule in drawn]) for name in names}
+        self._start = {name: self.values(name) for name in names if name in training.hyperparameters}
         self._best = np.full(len(members), math.inf)  # of the weights that a member has, and where that was:
         self._snapshots: list[Snapshot | None] = [None] * len(members)
         self.losses: list[Array] = []
@@ -147,7 +150,7 @@ class Population:
         return taken
 
     def _explore(self, loser: int, donor: int) -> None:
-        anew = sample_schedules(self._training.task.optimizer, 1, self._rng)[0]
+        anew = sample_schedules(self._training.task.optimizer, 1, self._rng, regularizers=self._regularizers)[0]
         for name, values in self._values.items():
             moved = values[donor] * self._rng.choice(FACTORS)
             value = getattr(anew, name) if self._rng.random() < RESAMPLED else moved

@@ -101,7 +101,7 @@ def occluded(policy: ControlPolicy, observation: NDArray[np.float32]) -> Array:
     Args:
         observation: `[1, features]`.
     """
-    return policy.act(np.where(_MEMBERS, policy.mean.numpy(), observation))[0]
+    return policy.act(np.where(_MEMBERS, policy.typical, observation))[0]
 
 
 def _causes(

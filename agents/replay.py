@@ -26,11 +26,12 @@ from .guard import Guard
 from .ranks import world_size
 from .tolerance import Notices
 from .trajectory import Trajectory
-from .untrusted import integer, items, number, table
+from .tuner_state import shares_of
+from .untrusted import integer, table
 from .user_run import batch_sampler, batch_size_of, losses_of
 from .watch import LOWERED
 
-VERSION = 1
+VERSION = 2
 
 _log = logging.getLogger("hyperpilot")
 
@@ -46,7 +47,7 @@ class Replay:
         optimizer: the run's optimizer. Its parameter groups keep their ratios to one another, and groups without
             weight decay stay so.
         total_epochs: how many times `step` will be called.
-        loader, model, batches_per_step, batch_size, writer: as in `Tuner`.
+        loader, model, criterion, batches_per_step, batch_size, writer: as in `Tuner`.
         controls: names of the controls to set; None for all that the trajectory has. Those that this run lacks are
             left out, and this is logged; those that the trajectory lacks stay as they are.
         guard: as in `Tuner`. What the recorded run's guard did to the learning rate is in the trajectory: it is
@@ -71,6 +72,7 @@ class Replay:
         total_epochs: int,
         loader: Loader | None = None,
         model: nn.Module | None = None,
+        criterion: nn.Module | None = None,
         batches_per_step: int = 1,
         batch_size: int | None = None,
         controls: Sequence[str] | None = None,
@@ -85,7 +87,7 @@ class Replay:
         self._notices = Notices()
         self._batch_size = batch_size_of(batch_size, loader, batches, self._notices)
         self._optimizer, self._model, self._writer = optimizer, model, writer
-        self._binding = Binding(optimizer, model, self._batch_size)
+        self._binding = Binding(optimizer, model, self._batch_size, criterion)
         values = trajectory.values_for(self.total_epochs)
         self._values = {name: values[name] for name in wanted if name in self._binding.available}
         _warn_of_misfits(trajectory, optimizer, [name for name in wanted if name not in self._values])
@@ -169,9 +171,8 @@ class Replay:
             raise ValueError("it is of a replay of another trajectory, or with other arguments")
         integer(0, sys.maxsize)("its epoch", state["epoch"])
         integer(0, state["epoch"])("its undone", state["undone"])
-        lengths = {name: len(shares) for name, shares in self._binding.shares.items()}
-        shares = {name: items(number(0, 1), most if name == "dropout" else 0, most) for name, most in lengths.items()}
-        table(shares)("its shares", state["shares"])
+        own = self._binding.shares
+        table({name: shares_of(name, len(shares)) for name, shares in own.items()})("its shares", state["shares"])
         guard = None
         if self._guard and self._model is not None:
             guard = Guard(self._model, self._optimizer, self._notices)  # of the weights just loaded

@@ -171,7 +171,7 @@ class _Set:
     """The values were set at the start; the optimizer or a scheduler does the rest."""
 
     def __init__(self, run: Training) -> None:
-        self._binding = Binding(run.optimizer, run.model, run.batch_sampler)
+        self._binding = Binding(run.optimizer, run.model, run.batch_sampler, run.criterion)
 
     @property
     def hyperparameters(self) -> dict[str, float]:
@@ -182,7 +182,7 @@ class _Set:
 
 def _begin(run: Training, schedule: BaseSchedule) -> int:
     """Set the values of `schedule`. Returns the optimizer steps of the whole run."""
-    binding = Binding(run.optimizer, run.model, run.batch_sampler)
+    binding = Binding(run.optimizer, run.model, run.batch_sampler, run.criterion)
     binding.write({name: getattr(schedule, name) for name in binding.available})
     return run.task.horizon * len(run.batch_sampler)
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self, cast, get_args
 import numpy as np
 from torch import Tensor
 
-from hpo_env.base_schedules import BaseSchedule
+from hpo_env.base_schedules import REGULARIZERS, BaseSchedule
 from hpo_env.hyperparameters import CONTROLS
 from inner_models.batched_training import BatchedTraining
 from inner_models.datasets import Split
@@ -31,7 +31,7 @@ from inner_models.names import unknown
 from inner_models.tasks import OptimizerName, Task
 
 from .application import held_out_rows, jsonable
-from .calibration import SEARCH_RANGES
+from .calibration import REGULARIZER_RANGE, SEARCH_RANGES
 from .optional import require
 from .schedules import DEFAULTS
 
@@ -141,7 +141,7 @@ class OptunaSearch:
         workers = min(self.slots, self.budget)
         training = BatchedTraining(task, [seed for seed in seeds for _ in range(workers)], device=device)
         with _quiet(optuna):
-            studies = [_Study(optuna, self, task, seed, training.has_dropout) for seed in seeds]
+            studies = [_Study(optuna, self, task, seed, training.hyperparameters) for seed in seeds]
             study_of = [study for study in studies for _ in range(workers)]
             running: dict[int, _Running] = {}  # replica -> trial
             while True:
@@ -152,7 +152,9 @@ class OptunaSearch:
                 if not running:
                     break
                 rows = [running[replica].values() if replica in running else _IDLE for replica in range(len(study_of))]
-                signals = training.advance({name: np.array([row[name] for row in rows]) for name in CONTROLS})
+                signals = training.advance(
+                    {name: np.array([row[name] for row in rows]) for name in training.hyperparameters}
+                )
                 for replica in running:
                     study_of[replica].spend()
                 for replica, trial in sorted(running.items()):
@@ -238,7 +240,7 @@ class _Running:
         return {name: float(value) for name, value in values.items()}
 
 
-_IDLE = {"lr": 0.0, "batch_size": CONTROLS["batch_size"].high, "weight_decay": 0.0, "dropout": 0.0}
+_IDLE = {**dict.fromkeys(CONTROLS, 0.0), "batch_size": CONTROLS["batch_size"].high}
 
 
 class _Study:
@@ -248,13 +250,11 @@ class _Study:
         incumbents: the weights of each trial that was the best when it finished, where its validation loss was least.
     """
 
-    def __init__(self, optuna: Any, search: OptunaSearch, task: Task, seed: int, has_dropout: bool) -> None:
+    def __init__(self, optuna: Any, search: OptunaSearch, task: Task, seed: int, has: Sequence[str]) -> None:
         self.seed, self._optuna, self._horizon = seed, optuna, task.horizon
-        self._defaults = {
-            name: getattr(DEFAULTS[task.optimizer], name) for name in CONTROLS if name != "dropout" or has_dropout
-        }
-        levels = _levels(search.name, task, has_dropout)
-        self._space = _space(optuna, search.name, task, has_dropout)
+        self._defaults = {name: getattr(DEFAULTS[task.optimizer], name) for name in CONTROLS if name in has}
+        levels = _levels(search.name, task, has)
+        self._space = _space(optuna, search.name, task, has)
         self._points = math.prod(len(values) for values in levels.values()) if levels else math.inf
         self._shortest = int(min(levels.get("epochs", [task.horizon])))
         pruner = _pruner(optuna, search.name, task.horizon)
@@ -329,15 +329,16 @@ class _Study:
         return Searched(self.seed, self._cost, self._best, curve, self._trials, seconds)
 
 
-def _ranges(optimizer: OptimizerName, has_dropout: bool) -> dict[str, tuple[float, float]]:
-    return {name: bounds for name, bounds in SEARCH_RANGES[optimizer].items() if name != "dropout" or has_dropout}
+def _ranges(optimizer: OptimizerName, has: Sequence[str]) -> dict[str, tuple[float, float]]:
+    ranges = SEARCH_RANGES[optimizer] | dict.fromkeys(REGULARIZERS, REGULARIZER_RANGE)
+    return {name: bounds for name, bounds in ranges.items() if name in has}
 
 
-def _levels(name: SearchName, task: Task, has_dropout: bool) -> dict[str, list[float]]:
-    """A grid's values of each hyperparameter; empty for other searches."""
-    ranges = _ranges(task.optimizer, has_dropout)
+def _levels(name: SearchName, task: Task, has: Sequence[str]) -> dict[str, list[float]]:
+    """A grid's values of each hyperparameter; empty for other searches. `REGULARIZERS` are not in it."""
+    ranges = _ranges(task.optimizer, [control for control in has if control not in REGULARIZERS])
     if name == "grid":
-        counts = {"lr": 4, "batch_size": 4, "weight_decay": 2 if has_dropout else 4, "dropout": 2}
+        counts = {"lr": 4, "batch_size": 4, "weight_decay": 2 if "dropout" in has else 4, "dropout": 2}
         levels = {}
         for control, (low, high) in ranges.items():
             shares = (np.arange(counts[control]) + 0.5) / counts[control]
@@ -354,13 +355,15 @@ def _levels(name: SearchName, task: Task, has_dropout: bool) -> dict[str, list[f
     return {}
 
 
-def _space(optuna: Any, name: SearchName, task: Task, has_dropout: bool) -> dict[str, Any]:
+def _space(optuna: Any, name: SearchName, task: Task, has: Sequence[str]) -> dict[str, Any]:
     """Optuna's distributions. Batch sizes are rounded only where they are used."""
     Float = optuna.distributions.FloatDistribution
     space = {
         control: Float(low, high, log=control != "dropout")
-        for control, (low, high) in _ranges(task.optimizer, has_dropout).items()
+        for control, (low, high) in _ranges(task.optimizer, has).items()
     }
+    if name == "grid":
+        return {control: floats for control, floats in space.items() if control not in REGULARIZERS}
     if name != "classic-grid":
         return space
     return {"lr": space["lr"], "batch_size": space["batch_size"], "epochs": Float(1, task.horizon)}

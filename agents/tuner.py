@@ -42,7 +42,8 @@ _log = logging.getLogger("hyperpilot")
 
 
 class Tuner:
-    """Sets a run's learning rate, weight decay, dropout and batch size, epoch by epoch.
+    """Sets a run's learning rate, weight decay, dropout and batch size, epoch by epoch; and, with a policy that knows
+    them, the strength of its augmentation and its label smoothing.
 
     The first decision is taken here, before training starts; each `step` takes the next.
 
@@ -54,8 +55,12 @@ class Tuner:
             third, ... time.
         loader: the run's training `DataLoader`. From then on its batch size is what the tuner says, if the loader has
             one that can be set (an ordinary loader has), from its next pass on; `loader.batch_size` does not show it.
-        model: the model; needed to move dropout and for the guard. If it is a `DistributedDataParallel`, `step` takes
-            the mean of the losses over its processes: all of them must make and step a tuner.
+        model: the model; needed to move dropout and augmentation (`Augment`), and for the guard. If it is a
+            `DistributedDataParallel`, `step` takes the mean of the losses over its processes: all of them must make and
+            step a tuner.
+        criterion: the training loss as a module, such as `nn.CrossEntropyLoss(label_smoothing=0.1)`; needed to move
+            label smoothing. The validation losses given to `step` are to be another's, without smoothing: else they
+            move with it.
         batches_per_step: batches of the loader that make one optimizer step (gradient accumulation).
         examples_per_epoch: training examples in an epoch, usually `len(train_set)`: the best start depends on the
             length of the run. Without it the length is known from `loader` or `batch_sampler`, or after the first
@@ -65,7 +70,7 @@ class Tuner:
         start: `policy` chooses absolute values; `given` takes the run's own values (with warm-up and cosine decay) as
             the base and stays within `max_factor` of that.
         max_factor: see `start`. 100 is enough to mend a bad start; to fine-tune near your own values, give 3.
-        controls: names of the controls that the policy may move, all that the run has when None.
+        controls: names of the controls that the policy may move; all that the run has and the policy knows when None.
         initial_loss: validation loss before training, if known: a signal like any other.
         signals: names of the losses that the run will give to `step`.
         guard: when the run diverges (a loss that is not finite, or far above the run's best), restore the best
@@ -98,6 +103,7 @@ class Tuner:
         total_epochs: int,
         loader: Loader | None = None,
         model: nn.Module | None = None,
+        criterion: nn.Module | None = None,
         batches_per_step: int = 1,
         examples_per_epoch: int | None = None,
         batch_size: int | None = None,
@@ -129,7 +135,7 @@ class Tuner:
             self._notices.tell("initial", "initial_loss=%g is taken as not known", known.pop("val_loss"))
         self.policy, self.total_epochs = policy, total_epochs
         self._optimizer, self._model, self._writer = optimizer, model, writer
-        self._binding = Binding(optimizer, model, self._batch_size)
+        self._binding = Binding(optimizer, model, self._batch_size, criterion)
         sgd = isinstance(optimizer, torch.optim.SGD)
         given = {"batch_size": 1.0, "weight_decay": 0.0, "dropout": 0.0, **self._binding.read()}
         self._intervals = Intervals(total_epochs)
@@ -142,7 +148,8 @@ class Tuner:
             momentum_sgd=sgd,
             max_factor=max_factor if start == "given" else math.inf,
         )
-        self._controls = moved = chosen(controls, self._binding.available)
+        known_controls = [name for name in self._binding.available if name in policy.header.controls]
+        self._controls = moved = chosen(controls, known_controls)
         warn_of_misfits(policy, optimizer, total_epochs, start, moved)
         lacking = {name: 0.0 for name in CONTROLS if name not in moved}
         self._loop.restart([0], {name: np.array([value]) for name, value in known.items()}, fixed=[lacking])

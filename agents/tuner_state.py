@@ -9,7 +9,7 @@ from typing import Any
 
 from .untrusted import Check, anything, items, number, table
 
-VERSION = 2
+VERSION = 3
 
 
 def check(state: Any, own: Mapping[str, Any]) -> None:
@@ -34,16 +34,16 @@ def check(state: Any, own: Mapping[str, Any]) -> None:
             **dict.fromkeys([*own, "guard"], _by_its_part),
             "verdict": anything(0),
             "hyperparameters": table(dict.fromkeys(own["hyperparameters"], number(0, 1e9))),
-            "shares": table({name: _shares(name, len(shares)) for name, shares in own["shares"].items()}),
+            "shares": table({name: shares_of(name, len(shares)) for name, shares in own["shares"].items()}),
             "history": items(table(dict.fromkeys(own["history"][0], anything(2))), 1, sys.maxsize),
             "epochs": items(epoch, 0, sys.maxsize),
         }
     )("it", dict(state))
 
 
-def _shares(name: str, count: int) -> Check:
-    """Parameter groups may have been added since, dropout layers not."""
-    return items(number(0, 1), count if name == "dropout" else 0, count)
+def shares_of(name: str, count: int) -> Check:
+    """Parameter groups may have been added since, modules not."""
+    return items(number(0, 1), 0 if name in ("lr", "weight_decay") else count, count)
 
 
 def _by_its_part(where: str, value: Any) -> None:

@@ -32,6 +32,8 @@ RANGES: dict[str, Range] = {
     "batch_size": Range(first=math.log(4), step=math.log(2), limit=math.log(16)),
     "weight_decay": Range(first=math.log(30), step=math.log(3), limit=math.log(300)),
     "dropout": Range(first=2.5, step=1.0, limit=5.0),
+    "augmentation": Range(first=2.5, step=1.0, limit=5.0),
+    "label_smoothing": Range(first=2.5, step=1.0, limit=5.0),
 }
 
 _FIRST, _STEP, _LIMIT = (
@@ -65,7 +67,7 @@ def apply_offsets(base: Mapping[str, Array], offsets: Array, max_factor: float =
     Args:
         base: control -> `[runs]`.
         offsets: `[runs, controls]`.
-        max_factor: no value (odds, for dropout) leaves the base by more than this, ranges and rounding included.
+        max_factor: no value (its odds, for a share) leaves the base by more than this, ranges and rounding included.
     """
     values = {}
     for column, (name, control) in zip(offsets.T, CONTROLS.items(), strict=True):

@@ -12,6 +12,9 @@ import numpy as np
 
 from hpo_env.hyperparameters import CONTROLS, Array, finite_positive
 
+REGULARIZERS = {"augmentation": 0.005, "label_smoothing": 0.02}
+"""The controls that few runs have, and their values in a base that was made without them (docs/regularization.md)."""
+
 
 @dataclass(frozen=True)
 class BaseSchedule:
@@ -27,6 +30,8 @@ class BaseSchedule:
     weight_decay: float
     dropout: float
     warmup: float = 0.05
+    augmentation: float = 0.0
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         finite_positive("lr", self.lr)
@@ -35,6 +40,10 @@ class BaseSchedule:
             raise ValueError(
                 f"weight_decay must not be negative, dropout lie in 0..1 and warmup in 0..1, not {self.weight_decay}, "
                 f"{self.dropout} and {self.warmup}"
+            )
+        if not (0 <= self.augmentation < 1 and 0 <= self.label_smoothing < 1):
+            raise ValueError(
+                f"augmentation and label_smoothing must lie in 0..1, not {self.augmentation} and {self.label_smoothing}"
             )
 
     def values(self, progress: Array) -> dict[str, Array]:
@@ -108,7 +117,7 @@ class BaseRule:
 
     @classmethod
     def from_dict(cls, entries: Mapping[str, object]) -> BaseRule:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`. A rule that was made without `REGULARIZERS` gets them, as constants.
 
         Raises:
             ValueError, TypeError, KeyError: not a rule.
@@ -116,7 +125,8 @@ class BaseRule:
         coefficients, warmup = entries["coefficients"], entries["warmup"]
         if not isinstance(coefficients, Mapping) or not isinstance(warmup, int | float):
             raise TypeError("a base rule has coefficients and a warmup")
-        rows = {}
+        usual = {name: float(CONTROLS[name].to_scale(np.array(value))) for name, value in REGULARIZERS.items()}
+        rows = {name: (value, 0.0, 0.0) for name, value in usual.items()}
         for name, row in coefficients.items():
             intercept, examples, parameters = (float(number) for number in row)
             rows[str(name)] = (intercept, examples, parameters)
@@ -129,7 +139,7 @@ RULE_FILE = "base_rule.json"
 
 def calibrated(optimizer: str) -> BaseSchedule:
     """The one schedule that `scripts/calibrate.py` found best on average over meta-train, for `adamw` or `sgd`."""
-    return BaseSchedule(**_table(CALIBRATION_FILE, "schedules", optimizer))
+    return BaseSchedule(**{**REGULARIZERS, **_table(CALIBRATION_FILE, "schedules", optimizer)})
 
 
 def calibrated_rule(optimizer: str) -> BaseRule:

@@ -114,7 +114,7 @@ class ControlLoop:
         parameters: trainable parameters of the inner model.
         momentum_sgd: whether the inner optimizer is SGD.
         given: deviate from this schedule instead; the policy is still told how far a value is from the rule's.
-        max_factor: largest factor (on dropout's odds, for dropout) by which a value may leave the base schedule.
+        max_factor: largest factor (on the odds, for a share) by which a value may leave the base schedule.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from hpo_env.actions import RANGES
-from hpo_env.base_schedules import BaseSchedule, calibrated_rule
+from hpo_env.base_schedules import REGULARIZERS, BaseSchedule, calibrated_rule
 from hpo_env.control import ControlLoop
 from hpo_env.hyperparameters import CONTROLS, Array, Binding
 from hpo_env.observations import HIGH, LOW, feature_table
@@ -81,12 +81,18 @@ class Episode:
 def draw_episode(rng: np.random.Generator, variation: Variation) -> Episode:
     """Draw an episode. The environments share this, so that equal seeds give equal episodes in both."""
     seed = int(rng.integers(2**31))
-    taken = rng.random(len(CONTROLS)) < variation.mask_probability
-    values = rng.random(len(CONTROLS))
-    perturbed, off = rng.random() < variation.start_probability, rng.random(len(CONTROLS)) < 0.5
+    others = np.random.default_rng([seed, 1])  # so that what is drawn for `REGULARIZERS` moves no other draw
+
+    def uniform() -> Array:
+        """In 0..1, one a control."""
+        return np.concatenate([rng.random(len(CONTROLS) - len(REGULARIZERS)), others.random(len(REGULARIZERS))])
+
+    taken = uniform() < variation.mask_probability
+    values = uniform()
+    perturbed, off = rng.random() < variation.start_probability, uniform() < 0.5
     reach = [math.log(variation.start_factor) if name == "lr" else RANGES[name].first for name in CONTROLS]
     shifts = np.where([perturbed and (name == "lr" or off[i]) for i, name in enumerate(CONTROLS)], reach, 0.0)
-    shifts = shifts * rng.uniform(-1, 1, len(CONTROLS))
+    shifts = shifts * (2 * uniform() - 1)
     hidden = rng.random(3) < [
         variation.blind_probability,
         variation.untold_probability,
@@ -143,6 +149,10 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
     | 1 | `batch_size` | log, multiples of 16 | x4 | x2 |
     | 2 | `weight_decay` | log | x30 | x3 |
     | 3 | `dropout` | logit | +-2.5 | +-1 |
+    | 4 | `augmentation` | logit | +-2.5 | +-1 |
+    | 5 | `label_smoothing` | logit | +-2.5 | +-1 |
+
+    What a run lacks (dropout layers; what its task does not name in `regularizers`) stays at 0 whatever the action.
 
     ## Observation space
     `Box` of these features, in order (r is the relative difference, 2 (a - b) / (|a| + |b|)):
@@ -201,7 +211,7 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
         episode = draw_episode(self.np_random, self._variation)
         training = Training(task, episode.seed, data=prepare(task), device=self._device, dtype=self._dtype)
         self._training = training
-        self._binding = Binding(training.optimizer, training.model, training.batch_sampler)
+        self._binding = Binding(training.optimizer, training.model, training.batch_sampler, training.criterion)
         self._loop = ControlLoop(
             1,
             horizon=task.horizon,
@@ -211,7 +221,7 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
             momentum_sgd=task.optimizer == "sgd",
         )
         self._initial = self._previous = np.array([training.evaluate("val")])
-        lacking = {name: episode.fixed.get(name, 0.0) for name in CONTROLS if name not in self._binding.available}
+        lacking = {name: 0.0 for name in CONTROLS if name not in self._binding.available}
         self._loop.restart(
             [0],
             {"val_loss": np.where(episode.blind, np.nan, self._initial)},

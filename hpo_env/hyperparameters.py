@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from inner_models.augmentation import Augment
 from inner_models.sampling import MICRO_BATCH
 
 Array = NDArray[np.float64]
@@ -91,9 +92,14 @@ CONTROLS: dict[str, Hyperparameter] = {
         Hyperparameter("batch_size", MICRO_BATCH, 256, "log", multiple=MICRO_BATCH),
         Hyperparameter("weight_decay", 1e-6, 3.0, "log"),
         Hyperparameter("dropout", 0.005, 0.5, "logit"),
+        Hyperparameter("augmentation", 0.005, 0.5, "logit"),
+        Hyperparameter("label_smoothing", 0.005, 0.5, "logit"),
     )
 }
 """The hyperparameters that a policy moves, in the order of its actions."""
+
+_ATTRIBUTES = {"dropout": "p", "augmentation": "strength", "label_smoothing": "label_smoothing"}
+"""Controls that modules hold, and where."""
 
 
 class HasBatchSize(Protocol):
@@ -103,22 +109,25 @@ class HasBatchSize(Protocol):
 
 
 class Binding:
-    """Reads and writes controls on a torch optimizer, a module's dropout layers and a batch sampler.
+    """Reads and writes controls on a torch optimizer, on modules and on a batch sampler.
 
     Parameter groups keep their ratios: a group's learning rate stays at its share of the largest one, its weight decay
-    likewise, and groups without decay stay so. Dropout layers keep their ratios to the largest rate. What the run does
-    not use (no decay anywhere, all rates zero) is not switched on.
+    likewise, and groups without decay stay so. Dropout layers keep their ratios to the largest rate, and so do the
+    other modules. What the run does not use (no decay anywhere, all rates zero) is not switched on.
 
     Args:
         optimizer: any `torch.optim.Optimizer` whose groups have `lr`. `weight_decay` is available where it is decoupled
             (AdamW and its like) or the optimizer is SGD; elsewhere the same number means another thing.
-        model: where to look for `nn.Dropout` layers and their like; `dropout` is not available without one. Rates that
-            other modules hold as numbers (`nn.MultiheadAttention`, `nn.LSTM`) are left alone.
+        model: where to look for `nn.Dropout` layers and their like, and for `Augment`; `dropout` and `augmentation` are
+            not available without one. Rates that other modules hold as numbers (`nn.MultiheadAttention`, `nn.LSTM`) are
+            left alone.
         batch_sampler: what to set `batch_size` on; `batch_size` is not available without it.
+        criterion: where to look for losses with a `label_smoothing`, such as `nn.CrossEntropyLoss`; `label_smoothing`
+            is not available without one.
 
     Attributes:
         available: names of the controls that this run has.
-        shares: for each control, every group's (or dropout layer's) share of the largest value.
+        shares: for each control, every group's (or module's) share of the largest value.
     """
 
     def __init__(
@@ -126,26 +135,36 @@ class Binding:
         optimizer: torch.optim.Optimizer,
         model: nn.Module | None = None,
         batch_sampler: HasBatchSize | None = None,
+        criterion: nn.Module | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._batch_sampler = batch_sampler
-        self._dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd)] if model else []
+        layers, losses = (list(part.modules()) if part is not None else [] for part in (model, criterion))
+        self._modules: dict[str, list[nn.Module]] = {
+            "dropout": [layer for layer in layers if isinstance(layer, nn.modules.dropout._DropoutNd)],
+            "augmentation": [layer for layer in layers if isinstance(layer, Augment)],
+            "label_smoothing": [loss for loss in losses if isinstance(getattr(loss, "label_smoothing", None), float)],
+        }
         self.shares = {
             "lr": _shares([float(group["lr"]) for group in self._groups]),
             "weight_decay": _shares([float(group.get("weight_decay", 0.0)) for group in self._groups]),
-            "dropout": _shares([module.p for module in self._dropouts]),
+            **{name: _shares(self._held(name)) for name in self._modules},
         }
         has = {
             "lr": True,
             "batch_size": batch_sampler is not None,
             "weight_decay": any(_decays(optimizer, group) for group in self._groups),
-            "dropout": any(module.p > 0 for module in self._dropouts),
+            **{name: any(value > 0 for value in self._held(name)) for name in self._modules},
         }
         self.available = tuple(name for name in CONTROLS if has[name])
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups  # looked up anew: load_state_dict replaces the list
+
+    def _held(self, name: str) -> list[float]:
+        """A control's value in each of its modules."""
+        return [float(getattr(module, _ATTRIBUTES[name])) for module in self._modules[name]]
 
     def read(self) -> dict[str, float]:
         """The run's present values of its available controls."""
@@ -154,9 +173,7 @@ class Binding:
             values["batch_size"] = float(self._batch_sampler.batch_size)
         if "weight_decay" in self.available:
             values["weight_decay"] = max(float(group.get("weight_decay", 0.0)) for group in self._groups)
-        if "dropout" in self.available:
-            values["dropout"] = max(module.p for module in self._dropouts)
-        return values
+        return values | {name: max(self._held(name)) for name in self._modules if name in self.available}
 
     def write(self, values: Mapping[str, float]) -> None:
         """Set controls; names that the run does not have are an error."""
@@ -167,9 +184,9 @@ class Binding:
             if name == "batch_size":
                 assert self._batch_sampler is not None
                 self._batch_sampler.batch_size = int(value)
-            elif name == "dropout":
-                for module, share in zip(self._dropouts, self.shares[name], strict=True):
-                    module.p = value * share
+            elif name in self._modules:
+                for module, share in zip(self._modules[name], self.shares[name], strict=True):
+                    setattr(module, _ATTRIBUTES[name], value * share)
             else:
                 shares = self.shares[name] + [1.0] * (len(self._groups) - len(self.shares[name]))  # groups added later
                 for group, share in zip(self._groups, shares, strict=True):

@@ -7,7 +7,7 @@ ratio for nearby values, bounded by 2 for distant ones, and defined at zero and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,7 @@ class Feature:
         low, high: bounds, to which the value is clipped.
         meaning: what it says, as shown in the documentation.
         formula: computes it, `[runs]`, or the a and b whose relative difference it is; non-finite results become 0.
+        control: the control that it tells of, if it does of one.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Feature:
     high: float
     meaning: str
     formula: Callable[[RunState], Array | Pair]
+    control: str | None = None
 
 
 _TINY = float(np.finfo(np.float64).tiny)
@@ -158,16 +160,16 @@ def _of_control(index: int, name: str) -> list[Feature]:
     return [
         Feature(
             f"{name}", 0, 1, f"{name} in use, normalized on its scale; 0 if the run lacks it as a control",
-            lambda s: np.where(s.available[:, index], control.normalize(s.values[:, index]), 0.0),
+            lambda s: np.where(s.available[:, index], control.normalize(s.values[:, index]), 0.0), name,
         ),
         Feature(
             f"{name}_offset", -2, 2, f"distance of {name} from the base rule's value, in limits of an offset",
-            lambda s: np.where(s.available[:, index], s.distances[:, index] / limit, 0.0),
+            lambda s: np.where(s.available[:, index], s.distances[:, index] / limit, 0.0), name,
         ),
-        Feature(f"{name}_action", -1, 1, f"last action on {name}", lambda s: s.actions[:, index]),
+        Feature(f"{name}_action", -1, 1, f"last action on {name}", lambda s: s.actions[:, index], name),
         Feature(
             f"{name}_available", 0, 1, f"whether the run has {name} as a control",
-            lambda s: s.available[:, index].astype(np.float64),
+            lambda s: s.available[:, index].astype(np.float64), name,
         ),
     ]  # fmt: skip
 
@@ -217,6 +219,11 @@ FEATURES: tuple[Feature, ...] = (
 
 LOW = np.array([feature.low for feature in FEATURES], np.float32)
 HIGH = np.array([feature.high for feature in FEATURES], np.float32)
+
+
+def features_of(controls: Collection[str]) -> tuple[str, ...]:
+    """Names of the features of runs that have no other controls than these, in the order of `FEATURES`."""
+    return tuple(feature.name for feature in FEATURES if feature.control is None or feature.control in controls)
 
 
 def observe(state: RunState) -> NDArray[np.float32]:

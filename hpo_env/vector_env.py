@@ -256,12 +256,12 @@ class _Cohort:
         assert self._training is not None
         losses = self._training.evaluate("val")[rows]
         self._initial[rows] = self._previous[rows] = losses
-        lacking = () if self._training.has_dropout else ("dropout",)
+        lacking = {name: 0.0 for name in CONTROLS if name not in self._training.hyperparameters}
         self.loop.restart(
             rows,
             {"val_loss": np.where([e.blind for e in episodes], np.nan, losses)},
             examples=np.where([e.untold for e in episodes], np.nan, self._examples),
-            fixed=[{**e.fixed, **{name: e.fixed.get(name, 0.0) for name in lacking}} for e in episodes],
+            fixed=[{**e.fixed, **lacking} for e in episodes],
             shifts=np.array([e.shifts for e in episodes]),
         )
         self._unmeasured[rows] = [e.unmeasured for e in episodes]

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from inner_models.datasets import Split
-from inner_models.masks import MaskSource
-from inner_models.models import Dropout, build_model, initialize
+from inner_models.masks import source_of
+from inner_models.models import build_model, initialize, random_layers
 from inner_models.programs import Program, Tape, Workspace
 from inner_models.replicated_layers import record, record_loss, takes_images
 from inner_models.sampling import MICRO_BATCH, draw_order
 from inner_models.signals import MEASURE_EVERY, SIGNALS
 from inner_models.tasks import Task, TaskData, prepare
-from inner_models.training import SGD_MOMENTUM, Streams
+from inner_models.training import SGD_MOMENTUM, Streams, hyperparameters_of
 from inner_models.twins import Parameter
 from inner_models.updates import BETA1, BETA2, STEPS
 
@@ -41,6 +41,9 @@ class BatchedTraining:
         task: what to train.
         seeds: one seed a replica, with the meaning of `Training`'s.
         data: the task's prepared data, where the caller decides whether the test split is in it.
+
+    Attributes:
+        hyperparameters: names of those that `advance` reads.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class BatchedTraining:
         data = data or prepare(task)
         job = _Job(task, data, torch.device(device), dtype)
         self.parameters = job.parameters
-        self.has_dropout = job.dropouts > 0
+        self.hyperparameters = hyperparameters_of(job.skeleton, data)
         self._state = {
             name: torch.zeros(self.replicas, job.parameters, device=device, dtype=dtype)
             for name in ("values", "gradients", "momentum", "square")
@@ -97,25 +100,26 @@ class BatchedTraining:
         """Train every replica for one interval.
 
         Args:
-            hyperparameters: `lr`, `batch_size` (multiples of `MICRO_BATCH`), `weight_decay` and `dropout`, each
-                `[replicas]`.
+            hyperparameters: `[replicas]` each; names that the task lacks are ignored. `batch_size` in multiples of
+                `MICRO_BATCH`.
 
         Returns:
             The interval's signals, each `[replicas]`, by the definitions of `inner_models.signals`.
         """
-        parts = batch_parts(hyperparameters["batch_size"])
-        values = np.stack([parts, *(hyperparameters[name] for name in ("lr", "weight_decay", "dropout"))])
+        values = {name: np.asarray(hyperparameters[name], np.float64) for name in self.hyperparameters}
+        parts = batch_parts(values["batch_size"])
         bounds = np.cumsum([block.replicas for block in self._blocks])[:-1]
         signals = [
-            block.advance(*columns)
-            for block, columns in zip(self._blocks, np.split(values, bounds, axis=1), strict=True)
+            block.advance(parts[rows], {name: column[rows] for name, column in values.items()})
+            for block, rows in zip(self._blocks, np.split(np.arange(self.replicas), bounds), strict=True)
         ]
         result = {name: torch.cat([part[name] for part in signals]).double().cpu().numpy() for name in signals[0]}
         result["val_loss"] = self.evaluate("val")
         return {name: result[name] for name in SIGNALS}
 
     def evaluate(self, split: Literal["train", "val", "test"] | Split) -> NDArray[np.float64]:
-        """Mean loss of each replica on a split of the task's, or on rows of the caller's, dropout off, `[replicas]`.
+        """Mean loss of each replica, `[replicas]`, on a split of the task's, or on rows of the caller's, without any
+        regularization.
 
         Raises:
             LookupError: the test split was not handed to this run.
@@ -128,8 +132,9 @@ class _Job:
 
     def __init__(self, task: Task, data: TaskData, device: torch.device, dtype: torch.dtype) -> None:
         self.task, self.data, self.device, self.dtype = task, data, device, dtype
-        self.skeleton = build_model(task.model, data.dataset)
-        self.dropouts = sum(isinstance(module, Dropout) for module in self.skeleton.modules())
+        self.skeleton = build_model(task.model, data.dataset, augmented="augmentation" in data.regularizers)
+        self.random_layers = random_layers(self.skeleton)
+        self.smooths = "label_smoothing" in data.regularizers
         self.slices: dict[str, tuple[int, torch.Size]] = {}
         self.parameters = 0
         decays = []
@@ -173,7 +178,7 @@ def _even(total: int, limit: int) -> int:
 
 
 def _output_units(model: nn.Module, inputs: Tensor) -> list[int]:
-    """Sizes of the outputs of all layers."""
+    """Sizes of the outputs of all layers. The model is left in evaluation mode, where no layer draws at random."""
     sizes: list[int] = []
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output: sizes.append(output.numel()))
@@ -182,7 +187,7 @@ def _output_units(model: nn.Module, inputs: Tensor) -> list[int]:
     ]
     model.eval()  # dropout would draw from the global generator
     with torch.no_grad():
-        model(inputs)
+        model.eval()(inputs)
     for hook in hooks:
         hook.remove()
     return sizes
@@ -200,11 +205,12 @@ class _Block:
         self._job, self._state = job, state
         self.replicas = len(seeds)
         self.steps = np.zeros(self.replicas, np.int64)
-        self._streams = [Streams(seed, job.dropouts) for seed in seeds]
-        self._masks = [
-            MaskSource([streams.masks[index] for streams in self._streams], job.device, job.dtype)
-            for index in range(job.dropouts)
+        self._streams = [Streams(seed, len(job.random_layers)) for seed in seeds]
+        self._sources = [
+            source_of(layer, [streams.layers[index] for streams in self._streams], job.device, job.dtype)
+            for index, layer in enumerate(job.random_layers)
         ]
+        self._smoothing = self._place(np.zeros(self.replicas)) if job.smooths else None
         self._parameters = {
             name: Parameter(*(self._view(state[kind], name) for kind in ("values", "gradients"))) for name in job.slices
         }
@@ -219,35 +225,31 @@ class _Block:
             self._initialize(row)
 
     def restart(self, row: int, seed: int) -> None:
-        streams = self._streams[row] = Streams(seed, self._job.dropouts)
-        for source, stream in zip(self._masks, streams.masks, strict=True):
+        streams = self._streams[row] = Streams(seed, len(self._sources))
+        for source, stream in zip(self._sources, streams.layers, strict=True):
             source.restart(row, stream)
         self._initialize(row)
 
     @torch.no_grad()
-    def advance(
-        self,
-        parts: NDArray[np.float64],
-        lr: NDArray[np.float64],
-        weight_decay: NDArray[np.float64],
-        dropout: NDArray[np.float64],
-    ) -> dict[str, Tensor]:
+    def advance(self, parts: NDArray[np.int64], values: Mapping[str, NDArray[np.float64]]) -> dict[str, Tensor]:
         """Train for one interval. All arguments are `[replicas]`, `parts` in micro-batches a batch."""
         job = self._job
-        plan = _Plan(job.data.interval_examples // MICRO_BATCH, parts.astype(np.int64), self.steps)
+        plan = _Plan(job.data.interval_examples // MICRO_BATCH, parts, self.steps)
         self.steps = plan.done
         train = job.split("train")
         order = [draw_order(len(train), plan.micro_steps * MICRO_BATCH, s.order) for s in self._streams]
         batches = np.stack(order).reshape(self.replicas, plan.micro_steps, MICRO_BATCH).swapaxes(0, 1)
         chosen = torch.from_numpy(batches.reshape(plan.micro_steps, -1)).to(job.device)
-        for source in self._masks:
-            source.set_rates(dropout)
-        columns = self._place(plan.columns(job.task.optimizer, lr, weight_decay))
+        for source in self._sources:
+            source.set_strengths(values[source.hyperparameter])
+        if self._smoothing is not None:
+            self._smoothing.copy_(self._place(values["label_smoothing"]))
+        columns = self._place(plan.columns(job.task.optimizer, values["lr"], values["weight_decay"]))
         measured = self._place(plan.measured)
         update = STEPS[job.task.optimizer]
-        values, gradients, momentum = (self._state[name] for name in ("values", "gradients", "momentum"))
+        weights, gradients, momentum = (self._state[name] for name in ("values", "gradients", "momentum"))
         moments = [momentum, self._state["square"]] if "square" in self._state else [momentum]
-        start = values.clone()
+        start = weights.clone()
         total, sums = self._place(np.zeros(self.replicas)), self._place(np.zeros((4, self.replicas)))
         fresh = True
         for step in range(plan.micro_steps):
@@ -261,9 +263,9 @@ class _Block:
                 sums += measured[step] * self._measure(gradients, momentum, columns[step])
             if plan.any_full[step]:
                 # A copy: compiled code would be made anew for a view that begins elsewhere.
-                update(values, gradients, *moments, job.decays, columns[step].clone(), not fresh)
-        norms = torch.linalg.vector_norm(values, dim=1)
-        moved = torch.linalg.vector_norm(start.sub_(values), dim=1)
+                update(weights, gradients, *moments, job.decays, columns[step].clone(), not fresh)
+        norms = torch.linalg.vector_norm(weights, dim=1)
+        moved = torch.linalg.vector_norm(start.sub_(weights), dim=1)
         count, norm, square, cosine = sums
         mean = norm / count
         return {
@@ -304,8 +306,9 @@ class _Block:
                 name: Parameter(both.value[rows], both.gradient[rows]) for name, both in self._parameters.items()
             }
             with torch.no_grad():
-                outputs, backward = record(job.skeleton, parameters, self._masks, tape, x[rows])
-                mean, gradient = record_loss(tape, outputs, y[rows], job.data.loss)
+                outputs, backward = record(job.skeleton, parameters, self._sources, tape, x[rows])
+                smoothing = self._smoothing[rows] if training and self._smoothing is not None else None
+                mean, gradient = record_loss(tape, outputs, y[rows], job.data.loss, smoothing)
                 tape.call(losses[rows].copy_, mean)
                 if training:
                     tape.release(backward(gradient))

@@ -1,43 +1,46 @@
-"""Dropout masks of many replicas, drawn from one stream of bytes a replica."""
+"""What layers draw at random, for many replicas at once: each draws the numbers of its reference run."""
 
 from __future__ import annotations
+
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from inner_models.augmentation import Augment
 from inner_models.sampling import draw_bytes
 
 _REFILL_BYTES = 1 << 20
 
 
-class MaskSource:
-    """Dropout masks of one module for all replicas of a block.
-
-    The bytes are those that `models.Dropout` draws, so a replica sees the masks of its reference run.
+class _Source:
+    """Numbers of one layer for all replicas of a block, drawn many at a time.
 
     Args:
         streams: one a replica.
 
     Attributes:
+        hyperparameter: name of the strength that the layer has.
         replicas: number of streams.
     """
+
+    hyperparameter: ClassVar[str]
+    _kind: ClassVar[type[np.generic]]
 
     def __init__(self, streams: list[np.random.Generator], device: torch.device, dtype: torch.dtype) -> None:
         self.replicas = len(streams)
         self._streams = streams
         self._device, self._dtype = device, dtype
-        self._drawn: NDArray[np.uint8] | None = None
+        self._drawn: NDArray[Any] | None = None
         self._on_device = torch.empty(0)
         self._at = 0
-        self.set_rates(np.zeros(len(streams)))
+        self.set_strengths(np.zeros(len(streams)))
 
-    def set_rates(self, rates: NDArray[np.float64]) -> None:
-        """Set the dropout rate of each replica, `[replicas]`, rounded to multiples of 1/256."""
-        threshold = np.rint(rates * 256)[:, None]
-        self._threshold = torch.from_numpy(threshold.astype(np.uint8)).to(self._device)
-        self._scale = torch.from_numpy(256 / (256 - threshold)).to(self._device, self._dtype)
+    def set_strengths(self, strengths: NDArray[np.float64]) -> None:
+        """Set the strength of each replica, `[replicas]`."""
+        raise NotImplementedError
 
     def restart(self, replica: int, stream: np.random.Generator) -> None:
         """Give one replica a new stream."""
@@ -46,6 +49,42 @@ class MaskSource:
             self._draw(replica, self._at)
             self._upload()
 
+    def _numbers(self, stream: np.random.Generator, count: int) -> NDArray[Any]:
+        raise NotImplementedError
+
+    def _next(self, units: int) -> slice:
+        """Where the next `units` numbers of each replica lie."""
+        if self._drawn is None or self._at == self._drawn.shape[1]:
+            row = units * self.replicas * np.dtype(self._kind).itemsize
+            self._drawn = np.empty((self.replicas, units * max(1, _REFILL_BYTES // row)), self._kind)
+            for replica in range(self.replicas):
+                self._draw(replica, 0)
+            self._upload()
+            self._at = 0
+        self._at += units
+        return slice(self._at - units, self._at)
+
+    def _draw(self, replica: int, start: int) -> None:
+        assert self._drawn is not None
+        count = self._drawn.shape[1] - start
+        self._drawn[replica, start:] = self._numbers(self._streams[replica], count)
+
+    def _upload(self) -> None:
+        if self._device.type != "cpu":
+            assert self._drawn is not None
+            self._on_device = torch.from_numpy(self._drawn).pin_memory().to(self._device, non_blocking=True)
+
+
+class MaskSource(_Source):
+    """Masks of a `models.Dropout`, whose strength is its rate, rounded to multiples of 1/256."""
+
+    hyperparameter, _kind = "dropout", np.uint8
+
+    def set_strengths(self, strengths: NDArray[np.float64]) -> None:
+        threshold = np.rint(strengths * 256)[:, None]
+        self._threshold = torch.from_numpy(threshold.astype(np.uint8)).to(self._device)
+        self._scale = torch.from_numpy(256 / (256 - threshold)).to(self._device, self._dtype)
+
     def fill(self, keep: Tensor, mask: Tensor) -> None:
         """Draw the next masks: zero for a dropped unit, 1 / (share kept) for the others.
 
@@ -53,29 +92,61 @@ class MaskSource:
             keep: scratch of type bool, `[replicas, units]`.
             mask: where to write, `[replicas, units]`.
         """
-        units = mask.shape[1]
-        if self._drawn is None or self._at == self._drawn.shape[1]:
-            count = units * max(1, _REFILL_BYTES // (units * self.replicas))
-            self._drawn = np.empty((self.replicas, count), np.uint8)
-            for replica in range(self.replicas):
-                self._draw(replica, 0)
-            self._upload()
-            self._at = 0
-        chosen = slice(self._at, self._at + units)
-        self._at += units
+        chosen = self._next(mask.shape[1])
         if mask.is_cpu:  # numpy compares and casts several times as fast as torch
+            assert self._drawn is not None
             np.greater_equal(self._drawn[:, chosen], self._threshold.numpy(), out=keep.numpy())
             np.multiply(keep.numpy(), self._scale.numpy(), out=mask.numpy())
         else:
             torch.ge(self._on_device[:, chosen], self._threshold, out=keep)
             torch.mul(keep, self._scale, out=mask)
 
-    def _draw(self, replica: int, start: int) -> None:
-        assert self._drawn is not None
-        count = self._drawn.shape[1] - start
-        self._drawn[replica, start:] = draw_bytes(self._streams[replica], count)
+    def _numbers(self, stream: np.random.Generator, count: int) -> NDArray[Any]:
+        return draw_bytes(stream, count)
 
-    def _upload(self) -> None:
-        if self._device.type != "cpu":
+
+class NoiseSource(_Source):
+    """Random numbers of an `Augment`.
+
+    Args:
+        layer: whose they are.
+
+    Attributes:
+        strengths: of the replicas, `[replicas]`, in memory that stays the same.
+    """
+
+    hyperparameter, _kind = "augmentation", np.float32
+
+    def __init__(
+        self, layer: Augment, streams: list[np.random.Generator], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._layer = layer
+        self.strengths = torch.zeros(len(streams), device=device, dtype=dtype)
+        super().__init__(streams, device, dtype)
+
+    def set_strengths(self, strengths: NDArray[np.float64]) -> None:
+        self.strengths.copy_(torch.from_numpy(strengths))
+
+    def fill(self, numbers: Tensor) -> None:
+        """Draw the next numbers, `[replicas, units]`."""
+        chosen = self._next(numbers.shape[1])
+        if numbers.is_cpu:
             assert self._drawn is not None
-            self._on_device = torch.from_numpy(self._drawn).pin_memory().to(self._device, non_blocking=True)
+            numbers.copy_(torch.from_numpy(self._drawn[:, chosen]))
+        else:
+            numbers.copy_(self._on_device[:, chosen])
+
+    def _numbers(self, stream: np.random.Generator, count: int) -> NDArray[Any]:
+        return self._layer.draw(stream, count)
+
+
+Source = MaskSource | NoiseSource
+
+
+def source_of(
+    layer: torch.nn.Module, streams: list[np.random.Generator], device: torch.device, dtype: torch.dtype
+) -> Source:
+    """The source of one of `models.random_layers`, with one stream a replica."""
+    if isinstance(layer, Augment):
+        return NoiseSource(layer, streams, device, dtype)
+    return MaskSource(streams, device, dtype)

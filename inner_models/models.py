@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from inner_models.augmentation import Augment
 from inner_models.datasets import Dataset
 from inner_models.sampling import draw_bytes
 
@@ -141,21 +142,35 @@ class Mean(nn.Module):
         return x.mean(-2)
 
 
-def build_model(spec: ModelSpec, dataset: Dataset, seed: int | torch.Generator = 0) -> nn.Sequential:
+def build_model(
+    spec: ModelSpec, dataset: Dataset, seed: int | torch.Generator = 0, *, augmented: bool = False
+) -> nn.Sequential:
     """Build and initialize the model of `spec` for `dataset`.
 
     Args:
         seed: seed or generator of the initial weights; the global generator is neither read nor moved.
+        augmented: put an `Augment` before it.
 
     Raises:
         ValueError: the kind does not take this modality (a CNN on a table, say).
     """
     with torch.device("meta"):
-        model = nn.Sequential(*_LAYERS[spec.kind](spec, dataset))
+        layers = _LAYERS[spec.kind](spec, dataset)
+        if augmented:
+            vocabulary = dataset.outputs if dataset.modality == "text" else None
+            layers = [Augment(dataset.modality, vocabulary=vocabulary), *layers]
+        model = nn.Sequential(*layers)
     model = model.to_empty(device="cpu")
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     initialize(model, generator)
     return model
+
+
+def random_layers(model: nn.Module) -> list[Dropout | Augment]:
+    """The layers that draw at random, in the order of their streams (`inner_models.training.Streams`): augmentation
+    comes last, so that dropout is the same with it and without."""
+    dropouts = [layer for layer in model.modules() if isinstance(layer, Dropout)]
+    return [*dropouts, *(layer for layer in model.modules() if isinstance(layer, Augment))]
 
 
 def initialize(model: nn.Module, generator: torch.Generator) -> None:

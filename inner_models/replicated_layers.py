@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from inner_models import twins_images, twins_sequences  # noqa: F401  (they register their twins)
-from inner_models.masks import MaskSource
-from inner_models.models import GRU, Dropout, Residual
+from inner_models.augmentation import Augment
+from inner_models.masks import Source
+from inner_models.models import GRU, Dropout, Residual, random_layers
 from inner_models.programs import Tape, same_memory
 from inner_models.tasks import Loss
 from inner_models.twins import Backward, Parameter, Site, twin
@@ -19,17 +20,17 @@ from inner_models.twins import Backward, Parameter, Site, twin
 
 def takes_images(model: nn.Sequential) -> bool:
     """Whether the model's twin wants its input channels-last, `[..., height, width, channels]`."""
-    return isinstance(model[0], nn.Conv2d)
+    return isinstance(next(layer for layer in model if not isinstance(layer, Augment)), nn.Conv2d)
 
 
 def record(
-    model: nn.Sequential, parameters: Mapping[str, Parameter], masks: list[MaskSource], tape: Tape, x: Tensor
+    model: nn.Sequential, parameters: Mapping[str, Parameter], sources: Sequence[Source], tape: Tape, x: Tensor
 ) -> tuple[Tensor, Backward]:
     """Record the replicated forward pass of `model`.
 
     Args:
         parameters: by their names in `model.named_parameters()`.
-        masks: one source a `Dropout` module, in the order of `model.modules()`.
+        sources: of `random_layers(model)`.
         x: the buffer that will hold the inputs, `[replicas, batch, ...]`.
 
     Returns:
@@ -38,9 +39,8 @@ def record(
     Raises:
         NotImplementedError: the model holds a layer type without a replicated twin.
     """
-    dropouts = [module for module in model.modules() if isinstance(module, Dropout)]
-    sources = {id(module): source for module, source in zip(dropouts, masks, strict=True)}
-    chain = _chain(model, "", parameters, sources, tape, x, outermost=True)
+    by_layer = {id(layer): source for layer, source in zip(random_layers(model), sources, strict=True)}
+    chain = _chain(model, "", parameters, by_layer, tape, x, outermost=True)
     return chain.out, chain.backward
 
 
@@ -67,14 +67,14 @@ def _chain(
     model: nn.Sequential,
     prefix: str,
     parameters: Mapping[str, Parameter],
-    sources: Mapping[int, MaskSource],
+    sources: Mapping[int, Source],
     tape: Tape,
     x: Tensor,
     outermost: bool = False,
 ) -> _Chain:
     """Layers one after the other. `x` and the gradient of the output are the caller's to release."""
     steps: list[tuple[Backward, Tensor | None]] = []
-    given, first, images, spent = x, outermost, False, False
+    given, first, images, spent = x, outermost, outermost and takes_images(model), False
     for key, module in model.named_children():
         name = f"{prefix}{key}."
         owned = True
@@ -149,12 +149,15 @@ def _check_options(module: nn.Module) -> None:
             raise NotImplementedError(f"{module} has no replicated twin: {name} must be {value}")
 
 
-def record_loss(tape: Tape, outputs: Tensor, targets: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+def record_loss(
+    tape: Tape, outputs: Tensor, targets: Tensor, loss: Loss, smoothing: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Record the mean loss of each replica and its gradient.
 
     Args:
         outputs: `[replicas, batch, ...]`; for cross-entropy the logits are in the last dimension.
         targets: `[replicas, batch, ...]`.
+        smoothing: the label smoothing of each replica, `[replicas]`; cross-entropy only.
 
     Returns:
         Buffers `[replicas]` and of the shape of `outputs`.
@@ -179,10 +182,21 @@ def record_loss(tape: Tape, outputs: Tensor, targets: Tensor, loss: Loss) -> tup
     tape.call(torch.log_softmax, logits, 1, out=logs)
     tape.call(torch.gather, logs, 1, index, out=picked)
     tape.call(torch.sum, picked.view(replicas, scale), 1, out=losses)
+    if smoothing is not None:
+        even = tape.take(replicas)
+        tape.call(torch.sum, logs.view(replicas, -1), 1, out=even)
+        tape.call(even.div_, classes)
+        tape.call(losses.lerp_, even, smoothing)
+        tape.release(even)
     tape.call(losses.mul_, -1 / scale)
     if tape.training:
+        certain = torch.full_like(picked, -1.0)
         tape.call(torch.exp, logs, out=logits)
-        tape.call(logits.scatter_add_, 1, index, torch.full_like(picked, -1.0))
+        if smoothing is not None:
+            share = smoothing.view(replicas, 1, 1)
+            tape.call(torch.sub, share.expand_as(certain), 1, out=certain)
+            tape.call(logits.sub_, share, alpha=1 / classes)
+        tape.call(logits.scatter_add_, 1, index, certain)
         tape.call(torch.div, logits.transpose(1, 2), scale, out=gradient.view(replicas, scale, classes))
     tape.release(logits, logs, picked)
     return losses, gradient

@@ -18,6 +18,7 @@ from inner_models.sampling import MICRO_BATCH
 
 OptimizerName = Literal["adamw", "sgd"]
 Loss = Literal["cross_entropy", "mse"]
+Regularizer = Literal["augmentation", "label_smoothing"]
 
 DEFAULT_SPECS: dict[str, ModelSpec] = {
     "linear": ModelSpec("linear"),
@@ -47,6 +48,7 @@ class Task:
         label_noise: share of training labels drawn anew at random (classes, tokens), or standard deviation of the
             noise added to standardized training targets (regression).
         seed: seed of the split, the subset and the noise.
+        regularizers: what the training has beside weight decay and dropout, where it fits (`TaskData.regularizers`).
     """
 
     dataset: str
@@ -58,6 +60,7 @@ class Task:
     eval_rows: int | None = None
     label_noise: float = 0.0
     seed: int = 0
+    regularizers: tuple[Regularizer, ...] = ()
 
     def __post_init__(self) -> None:
         if self.optimizer not in get_args(OptimizerName):
@@ -70,6 +73,9 @@ class Task:
                 raise ValueError(f"{name} must be at least {MICRO_BATCH}, not {value}")
         if not 0 <= self.label_noise <= 1:
             raise ValueError(f"label_noise must lie in 0..1, not {self.label_noise}")
+        for name in self.regularizers:
+            if name not in get_args(Regularizer):
+                raise ValueError(unknown("regularizer", name, get_args(Regularizer)))
 
     @classmethod
     def named(cls, name: str, **overrides: Any) -> Task:
@@ -99,11 +105,14 @@ class TaskData:
         dataset: the data set, without the test split where that must be out of reach.
         loss: the task's loss.
         interval_examples: examples in an interval, a multiple of `MICRO_BATCH`.
+        regularizers: those of the task's that it can have: no augmentation where inputs are targets, too (an
+            autoencoder), label smoothing with cross-entropy only.
     """
 
     dataset: Dataset
     loss: Loss
     interval_examples: int
+    regularizers: tuple[Regularizer, ...] = ()
 
 
 @lru_cache(maxsize=64)
@@ -133,7 +142,13 @@ def prepare(task: Task, *, with_test: bool = False) -> TaskData:
         train = Split(train.inputs, _noisy(train.targets, dataset.outputs, task.label_noise, rng))
     loss: Loss = "mse" if task.model.kind == "autoencoder" or dataset.target == "regression" else "cross_entropy"
     examples = task.interval_examples or len(train)
-    return TaskData(replace(dataset, train=train, val=val, test=test), loss, examples // MICRO_BATCH * MICRO_BATCH)
+    fits = {"augmentation": task.model.kind != "autoencoder", "label_smoothing": loss == "cross_entropy"}
+    return TaskData(
+        replace(dataset, train=train, val=val, test=test),
+        loss,
+        examples // MICRO_BATCH * MICRO_BATCH,
+        tuple(name for name in task.regularizers if fits[name]),
+    )
 
 
 def _reconstruction(split: Split) -> Split:
@@ -147,12 +162,19 @@ def _noisy(targets: Tensor, classes: int, noise: float, rng: np.random.Generator
     return torch.where(torch.from_numpy(rng.random(targets.shape) < noise), redrawn, targets)
 
 
-def elementwise_loss(outputs: Tensor, targets: Tensor, loss: Loss) -> Tensor:
-    """Loss of each target, in the shape of `targets`; `outputs` has one more dimension (logits) for cross-entropy."""
+def elementwise_loss(outputs: Tensor, targets: Tensor, loss: Loss, label_smoothing: float = 0.0) -> Tensor:
+    """Loss of each target, in the shape of `targets`; `outputs` has one more dimension (logits) for cross-entropy.
+
+    Args:
+        label_smoothing: share of cross-entropy's targets that is spread evenly over all classes (Szegedy et al. 2016,
+            arXiv:1512.00567).
+    """
     if loss == "mse":
         return (outputs - targets).square()
-    nll = torch.nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
-    return nll.view(targets.shape)
+    losses = torch.nn.functional.cross_entropy(
+        outputs.flatten(0, -2), targets.flatten(), reduction="none", label_smoothing=label_smoothing
+    )
+    return losses.view(targets.shape)
 
 
 COST_SHARE: dict[str, float] = {"cnn": 0.3, "gru": 0.25, "transformer": 0.25}
@@ -176,6 +198,7 @@ class TaskDistribution:
         train_rows: range of the training subset's size, capped at what there is.
         eval_rows: validation rows used.
         noisy_share: share of tasks with label noise, drawn uniformly from 0.05..0.3.
+        regularizers: of all tasks.
     """
 
     entries: tuple[tuple[str, tuple[ModelKind, ...]], ...]
@@ -187,6 +210,7 @@ class TaskDistribution:
     train_rows: tuple[int, int] = (48, 8192)
     eval_rows: int = 384
     noisy_share: float = 0.3
+    regularizers: tuple[Regularizer, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.entries or not self.optimizers:
@@ -229,6 +253,7 @@ class TaskDistribution:
             eval_rows=max(128, int(share * self.eval_rows)),
             label_noise=float(rng.uniform(0.05, 0.3)) if noisy else 0.0,
             seed=int(rng.integers(4)),
+            regularizers=self.regularizers,
         )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from inner_models.augmentation import START, Augment
 from inner_models.datasets import Split
-from inner_models.models import Dropout, build_model
+from inner_models.models import Dropout, build_model, random_layers
 from inner_models.sampling import MICRO_BATCH, BatchSampler
 from inner_models.signals import GradientMeter
 from inner_models.tasks import OptimizerName, Task, TaskData, elementwise_loss, prepare
@@ -18,13 +20,24 @@ SGD_MOMENTUM = 0.9
 
 
 class Streams:
-    """The random streams of one run: initial weights, row order, and one stream of dropout masks a module."""
+    """The random streams of one run: initial weights, row order, and one for each of `models.random_layers`."""
 
-    def __init__(self, seed: int, dropouts: int) -> None:
-        init, order, *masks = np.random.SeedSequence(seed).spawn(2 + dropouts)
+    def __init__(self, seed: int, layers: int) -> None:
+        init, order, *others = np.random.SeedSequence(seed).spawn(2 + layers)
         self.init = torch.Generator().manual_seed(int(init.generate_state(1)[0]))
         self.order = np.random.default_rng(order)
-        self.masks = [np.random.default_rng(child) for child in masks]
+        self.layers = [np.random.default_rng(child) for child in others]
+
+
+def hyperparameters_of(model: nn.Module, data: TaskData) -> tuple[str, ...]:
+    """Names of the hyperparameters that trainings of a task have."""
+    layers = random_layers(model)
+    has = {
+        "dropout": any(isinstance(layer, Dropout) for layer in layers),
+        "augmentation": any(isinstance(layer, Augment) for layer in layers),
+        "label_smoothing": "label_smoothing" in data.regularizers,
+    }
+    return ("lr", "batch_size", "weight_decay", *(name for name, present in has.items() if present))
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
@@ -48,11 +61,12 @@ class Training:
 
     Args:
         task: what to train.
-        seed: fixes initial weights, row order and dropout masks.
+        seed: fixes initial weights, row order, dropout masks and augmentation.
         data: the task's prepared data, where the caller decides whether the test split is in it.
 
     Attributes:
         model: the `nn.Module` in training.
+        criterion: its loss as a module, which holds the label smoothing that it trains with.
         optimizer: its `torch.optim` optimizer.
         batch_sampler: its batches; set `batch_size` between intervals.
     """
@@ -69,12 +83,14 @@ class Training:
         self.task = task
         self.data = data or prepare(task)
         self._device, self._dtype = torch.device(device), dtype
-        skeleton = build_model(task.model, self.data.dataset)
-        streams = Streams(seed, sum(isinstance(m, Dropout) for m in skeleton.modules()))
-        self.model = build_model(task.model, self.data.dataset, streams.init).to(self._device, dtype)
-        dropouts = [module for module in self.model.modules() if isinstance(module, Dropout)]
-        for module, stream in zip(dropouts, streams.masks, strict=True):
-            module.stream = stream
+        regularizers = self.data.regularizers
+        build = partial(build_model, task.model, self.data.dataset, augmented="augmentation" in regularizers)
+        streams = Streams(seed, len(random_layers(build())))
+        self.model = build(streams.init).to(self._device, dtype)
+        for layer, stream in zip(random_layers(self.model), streams.layers, strict=True):
+            layer.stream = stream
+        smoothing = START if "label_smoothing" in regularizers else 0.0
+        self.criterion = nn.MSELoss() if self.data.loss == "mse" else nn.CrossEntropyLoss(label_smoothing=smoothing)
         self.optimizer = build_optimizer(task.optimizer, self.model)
         rows = len(self.data.dataset.train)
         self.batch_sampler = BatchSampler(rows, 2 * MICRO_BATCH, streams.order, self.data.interval_examples)
@@ -93,7 +109,7 @@ class Training:
         total = torch.zeros((), device=self._device, dtype=self._dtype)
         for rows in self.batch_sampler:
             self.optimizer.zero_grad()
-            losses = self._losses(split.inputs[rows], split.targets[rows])
+            losses = self._losses(split.inputs[rows], split.targets[rows], self.criterion)
             losses.mean().backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             total += losses.detach().mean() * len(rows)
@@ -104,7 +120,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, split: Literal["train", "val", "test"] | Split) -> float:
-        """Mean loss on a split of the task's, or on rows of the caller's, dropout off.
+        """Mean loss on a split of the task's, or on rows of the caller's, without any regularization.
 
         Raises:
             LookupError: the test split was not handed to this run.
@@ -123,10 +139,11 @@ class Training:
         if switch is not None:
             switch()
 
-    def _losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _losses(self, inputs: Tensor, targets: Tensor, criterion: nn.Module | None = None) -> Tensor:
         inputs, targets = inputs.to(self._device), targets.to(self._device)
         if inputs.is_floating_point():
             inputs = inputs.to(self._dtype)
         if targets.is_floating_point():
             targets = targets.to(self._dtype)
-        return elementwise_loss(self.model(inputs), targets, self.data.loss)
+        smoothing = getattr(criterion, "label_smoothing", 0.0)
+        return elementwise_loss(self.model(inputs), targets, self.data.loss, smoothing)

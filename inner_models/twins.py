@@ -15,7 +15,8 @@ from functools import singledispatch
 import torch
 from torch import Tensor, nn
 
-from inner_models.masks import MaskSource
+from inner_models.augmentation import Augment
+from inner_models.masks import MaskSource, NoiseSource, Source
 from inner_models.models import Dropout
 from inner_models.programs import Tape
 
@@ -40,15 +41,15 @@ class Site:
     Attributes:
         name: its path; names its buffers.
         parameters: its own, by name.
-        masks: its mask source, if it is a dropout layer.
+        source: where it draws from, if it draws.
         first: no layer before it has parameters, so nothing needs its input's gradient.
-        channels_last: its input is an image that a convolution has seen.
+        channels_last: its input is an image whose channels come last.
         spent: its input may be overwritten.
     """
 
     name: str
     parameters: Mapping[str, Parameter]
-    masks: MaskSource | None = None
+    source: Source | None = None
     first: bool = False
     channels_last: bool = False
     spent: bool = False
@@ -71,12 +72,12 @@ def twin(module: nn.Module, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, 
 def _dropout(module: Dropout, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
     if not tape.training:
         return x, _no_backward
-    assert site.masks is not None
+    assert isinstance(site.source, MaskSource)
     shape = x.shape
-    size = (site.masks.replicas, math.prod(shape[1:]))
+    size = (site.source.replicas, math.prod(shape[1:]))
     masks = tape.workspace.named(f"{site.name}mask", size)
     if tape.rows.start == 0:
-        tape.program.add_before(site.masks.fill, tape.workspace.named("keep", size, torch.bool), masks)
+        tape.program.add_before(site.source.fill, tape.workspace.named("keep", size, torch.bool), masks)
     mask = masks[tape.rows]
     out = x if site.spent else tape.take(*shape)
     tape.call(torch.mul, x, mask.view(shape), out=out)
@@ -91,6 +92,24 @@ def _dropout(module: Dropout, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor
 
 def _no_backward(gradient: Tensor) -> Tensor:
     raise AssertionError("an evaluation has no backward pass")
+
+
+@twin.register
+def _augment(module: Augment, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor, Backward]:
+    """It stands first, so that no gradient passes through."""
+    if not tape.training:
+        return x, _no_backward
+    assert isinstance(site.source, NoiseSource)
+    out = tape.workspace.named(f"{site.name}out", tuple(x.shape), x.dtype)
+    given, changed = (t.movedim(-1, -3) if site.channels_last else t for t in (x, out))  # as the module takes them
+    replicas, batch, *example = given.shape
+    count = module.numbers(tuple(example))
+    drawn = tape.workspace.named(f"{site.name}numbers", (site.source.replicas, batch * count))
+    if tape.rows.start == 0:
+        tape.program.add_before(site.source.fill, drawn)
+    numbers, strengths = drawn[tape.rows].view(replicas, batch, count), site.source.strengths[tape.rows].unsqueeze(1)
+    tape.call(lambda: changed.copy_(module.changed(given, numbers, strengths)))
+    return out, _no_backward
 
 
 @twin.register

@@ -47,6 +47,8 @@ CHARTS: dict[str, dict[str, str]] = {
         "batch size": "control/batch_size",
         "weight decay": "control/weight_decay",
         "dropout": "control/dropout",
+        "augmentation": "control/augmentation",
+        "label smoothing": "control/label_smoothing",
         "learning rate by parameter group": "control_groups/lr/*",
         "weight decay by parameter group": "control_groups/weight_decay/*",
     },
@@ -67,6 +69,8 @@ CHARTS: dict[str, dict[str, str]] = {
         "mean batch size": "control/batch_size_mean",
         "mean weight decay": "control/weight_decay_mean",
         "mean dropout": "control/dropout_mean",
+        "mean augmentation": "control/augmentation_mean",
+        "mean label smoothing": "control/label_smoothing_mean",
         "share of inner trainings that diverged": "inner/diverged_share",
     },
     "Meta-training: PPO": {

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from agents.adaptation import ADAPTED_FILE, Settings, adapt
 from agents.checkpoints import Checkpoints
 from agents.files import CONFIG_FILE
 from agents.policy import ControlPolicy
 from agents.ppo import POLICY_FILE, Progress, meta_train, validation_history
-from agents.presets import PRESETS, effective_config
-from inner_models.tasks import Task
+from agents.presets import PRESETS, MetaTrainingConfig, effective_config
+from inner_models.tasks import Regularizer, Task
 from scripts.common import (
     Quiet,
     check_device,
@@ -49,6 +50,8 @@ class Config(Quiet):
     preset: str = "default"
     """smoke (under a minute on 2 cores, to see that all works), demo (a few minutes, to be watched) or default (about
     half an hour, to be used)."""
+    regularizers: bool = False
+    """Learn to move augmentation and label smoothing, too: the preset's tasks have them, where they fit."""
     seed: int = 0
     """Fixes initial weights, tasks and all noise."""
     device: str = "cpu"
@@ -70,7 +73,7 @@ class Config(Quiet):
 def main(config: Config) -> None:
     if config.adapt or config.task:
         return _adapt(config)
-    preset = PRESETS[known("preset", config.preset, list(PRESETS))]
+    preset = _preset(config)
     check_device(config.device)
     if config.resume:
         _check_same_run(config)
@@ -106,11 +109,22 @@ def main(config: Config) -> None:
         write_json(config.json, {"history": history, "scores": policy.header.scores})
 
 
+def _preset(config: Config) -> MetaTrainingConfig:
+    preset = PRESETS[known("preset", config.preset, list(PRESETS))]
+    if not config.regularizers:
+        return preset
+    names = get_args(Regularizer)
+    validation = tuple(replace(task, regularizers=names) for task in preset.validation)
+    return replace(preset, tasks=replace(preset.tasks, regularizers=names), validation=validation)
+
+
 def _adapt(config: Config) -> None:
     if config.adapt is None or config.task is None:
         raise ValueError("--adapt and --task go together: a policy file, and the task to adapt it to")
-    if config.resume or config.preset != Config.preset:
-        raise ValueError("an adaptation has no preset, and is too short to be resumed: leave out --preset and --resume")
+    if config.resume or config.preset != Config.preset or config.regularizers:
+        raise ValueError(
+            "an adaptation has no preset and is too short to be resumed: leave out --preset, --resume, --regularizers"
+        )
     policy, settings = ControlPolicy.load(config.adapt), Settings(episodes=config.episodes)
     task = Task.named(config.task, horizon=config.epochs)
     check_device(config.device)
@@ -144,7 +158,7 @@ def command(config: Config) -> str:
     if config.adapt:
         what = f"--adapt {config.adapt.name} --task {config.task} --episodes {config.episodes} --epochs {config.epochs}"
     else:
-        what = f"--preset {config.preset}"
+        what = f"--preset {config.preset}{' --regularizers' * config.regularizers}"
     options = f"{what} --seed {config.seed} --device {config.device} --out {config.out.name}"
     return f"python scripts/train_agent.py {options}"
 
@@ -153,7 +167,7 @@ def _check_same_run(config: Config) -> None:
     path = config.out / CONFIG_FILE
     if not path.is_file() or Checkpoints(config.out).newest() is None:
         raise ValueError(f"nothing to resume: no checkpoint in {config.out}")
-    expected = json.loads(json.dumps(effective_config(PRESETS[config.preset], config.seed, config.device)))
+    expected = json.loads(json.dumps(effective_config(_preset(config), config.seed, config.device)))
     if {**json.loads(path.read_text()), "device": config.device} != expected:
         raise ValueError(f"{config.out} holds a run with other settings ({path}); give the same preset and seed")
 

@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from agents.supervised_env import SupervisedVecEnv
 from hpo_env.base_schedules import BaseSchedule
 from hpo_env.env import INFO_KEYS, HPOEnv, Variation
+from hpo_env.hyperparameters import CONTROLS
 from hpo_env.observations import FEATURES
 from hpo_env.vector_env import HPOVectorEnv
 from inner_models.tasks import Task
@@ -27,6 +28,7 @@ from inner_models.tasks import Task
 Batch = NDArray[np.float32]
 
 COUNT, HORIZON = 2, 3
+WIDE = len(CONTROLS)
 # Loses a run at once, unless the first action moves the learning rate: moved values lie in the control's own range.
 EXPLOSIVE = BaseSchedule(lr=1e9, batch_size=16, weight_decay=1e-3, dropout=0.1, warmup=0.0)
 ARGUMENTS: dict[str, Any] = {
@@ -155,6 +157,7 @@ def drawn_actions(seed: int, steps: int, lost: float = 0.0) -> list[Batch]:
     `lost`, which may begin (and thus end) one at the base schedule's."""
     rng = np.random.default_rng(seed)
     actions = rng.uniform(-1.2, 1.2, (steps, COUNT, 4)).astype(np.float32)
+    actions = np.concatenate([actions, actions[..., : WIDE - 4]], axis=2)
     actions[:, :, 0] = np.where(rng.random((steps, COUNT)) < lost, 0, -1)
     return list(actions)
 
@@ -202,7 +205,7 @@ def bounds(env: Adapter) -> None:
     rng = np.random.default_rng(1)
     observations, _ = env.reset(1)
     assert all(env.observation_space.contains(row) for row in observations)
-    extreme = rng.choice(np.array([-np.inf, -1e30, -1, 0, np.nan, 1, 1e30, np.inf], np.float32), (9, COUNT, 4))
+    extreme = rng.choice(np.array([-np.inf, -1e30, -1, 0, np.nan, 1, 1e30, np.inf], np.float32), (9, COUNT, WIDE))
     lost = 0
     for actions in [*extreme, *drawn_actions(1, 9, lost=0.5)]:
         step = env.step(actions)
@@ -262,8 +265,8 @@ def episodes(env: Adapter) -> None:
 def missing_actions(env: Adapter) -> None:
     """NaN stays, as 0 does, and so does what is beyond the bounds at the bound."""
     calm = drawn_actions(5, 1)
-    holes = np.array([[np.nan, 0.5, 0, 7], [np.inf, np.nan, -0.2, -np.inf]], np.float32)
-    filled = np.array([[0, 0.5, 0, 1], [1, 0, -0.2, -1]], np.float32)
+    holes = np.array([[np.nan, 0.5, 0, 7, np.nan, -7], [np.inf, np.nan, -0.2, -np.inf, 0.1, np.nan]], np.float32)
+    filled = np.array([[0, 0.5, 0, 1, 0, -1], [1, 0, -0.2, -1, 0.1, 0]], np.float32)
     np.testing.assert_equal(trajectory(env, 5, [*calm, holes]), trajectory(env, 5, [*calm, filled]))
 
 
@@ -287,7 +290,15 @@ def actions_of_another_shape(env: Adapter) -> None:
     expected = trajectory(env, 7, [first, second])
     env.reset(7)
     env.step(first)
-    for shape in ((COUNT, 3), (COUNT, 5), (COUNT - 1, 4), (COUNT + 1, 4), (4,), (), (COUNT, 4, 1)):
+    for shape in (
+        (COUNT, WIDE - 1),
+        (COUNT, WIDE + 1),
+        (COUNT - 1, WIDE),
+        (COUNT + 1, WIDE),
+        (WIDE,),
+        (),
+        (COUNT, WIDE, 1),
+    ):
         with pytest.raises(ValueError, match="actions must have shape"):
             env.step(np.zeros(shape, np.float32))
     np.testing.assert_equal(env.step(second), expected[-1])
@@ -318,6 +329,6 @@ def life(make: Callable[[int], Adapter]) -> None:
     """No step before a reset, and none is needed to close; closing twice is once."""
     env = make(1)
     with pytest.raises(gymnasium.error.ResetNeeded, match=r"call reset\(\) before step\(\)"):
-        env.step(np.zeros((1, 4), np.float32))
+        env.step(np.zeros((1, WIDE), np.float32))
     env.close()
     env.close()

@@ -16,6 +16,8 @@ RULES = {
             "batch_size": (math.log(64), 0.2, 0.1),
             "weight_decay": (math.log(0.2), -0.3, 0.1),
             "dropout": (-2.5, -0.4, 0.2),
+            "augmentation": (-3.0, 0.3, -0.2),
+            "label_smoothing": (-2.0, -0.2, 0.3),
         }
     ),
     "sgd": BaseRule(
@@ -24,6 +26,8 @@ RULES = {
             "batch_size": (math.log(48), 0.1, 0.2),
             "weight_decay": (math.log(0.01), -0.2, 0.3),
             "dropout": (-2.0, -0.3, 0.1),
+            "augmentation": (-2.5, -0.2, 0.1),
+            "label_smoothing": (-3.0, 0.2, -0.1),
         },
         warmup=0.1,
     ),

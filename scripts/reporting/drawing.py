@@ -24,6 +24,8 @@ LABELS = {
     "batch_size": "batch size\n[examples]",
     "weight_decay": "weight decay",
     "dropout": "dropout",
+    "augmentation": "augmentation",
+    "label_smoothing": "label smoothing",
     "val": "validation",
     "test": "test, at the best validation loss",
 }

@@ -23,6 +23,8 @@ _LINES: dict[str, dict[str, Any]] = {
     "batch_size": {"color": "#117733", "linestyle": (0, (1, 1.2))},
     "weight_decay": {"color": "#332288", "linestyle": (0, (5, 1.5))},
     "dropout": {"color": "#44AA99", "linestyle": (0, (5, 1.2, 1, 1.2))},
+    "augmentation": {"color": "#CC79A7", "linestyle": (0, (3, 1))},
+    "label_smoothing": {"color": "#88662A", "linestyle": (0, (1, 3))},
 }
 """How a control is drawn."""
 
@@ -70,6 +72,8 @@ def response_grid(inspection: Inspection) -> Figure:
         axes.axvspan(*response.usual, color="#F0F0F0", linewidth=0, zorder=0)
         axes.axhline(0, color="#999999", linewidth=0.6)
         for column, control in enumerate(CONTROLS):
+            if control not in inspection.groups[ALL_MEASURED].by_control:
+                continue
             axes.plot(response.values, response.actions[1, :, column], label=control, **_LINES[control])
         axes.set_title(name, loc="left", pad=2, fontsize=8)
         axes.set_xlim(response.values[0], response.values[-1])

@@ -184,11 +184,13 @@ def loss_curves(evaluation: Evaluation) -> Figure:
 def trajectories(evaluation: Evaluation) -> Figure:
     """What the policy sets: a row a control, a column a task, a line a seed, beside the calibrated schedule."""
     tasks = evaluation.tasks
+    found = {name for runs in evaluation.runs["policy"].values() for name in runs[0].controls}
+    controls = {name: control for name, control in CONTROLS.items() if name in found}
     figure, panels = subplots(
-        len(CONTROLS), len(tasks), width=1.1 + 1.75 * max(len(tasks), 3), height=1.4 + 1.35 * len(CONTROLS),
+        len(controls), len(tasks), width=1.1 + 1.75 * max(len(tasks), 3), height=1.4 + 1.35 * len(controls),
         sharex=True, sharey="row",
     )  # fmt: skip
-    for row, (name, control) in zip(panels, CONTROLS.items(), strict=True):
+    for row, (name, control) in zip(panels, controls.items(), strict=True):
         for axes, label in zip(row, tasks, strict=True):
             reference, runs = evaluation.runs[REFERENCE][label][0], evaluation.runs["policy"][label]
             if name not in runs[0].controls:

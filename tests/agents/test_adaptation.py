@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.adaptation import Cohort, Settings, adapt, improve, means, opposites, train_runs
+from agents.adaptation import Cohort, Settings, adapt, improve, opposites, train_runs
 from agents.application import train_cohort
 from agents.controllers import WithPolicy
 from agents.measures import log_ratio
@@ -174,11 +174,11 @@ def test_runs_that_diverge_end_there() -> None:
 
 def test_opposites() -> None:
     size = len(CONTROLS)
-    drawn = opposites(2 * size, np.random.default_rng(0)).astype(float)
+    drawn = opposites(2 * size, size, np.random.default_rng(0)).astype(float)
     np.testing.assert_allclose(drawn[:size] @ drawn[:size].T, size * np.eye(size), atol=1e-5)
     np.testing.assert_array_equal(drawn[:size], -drawn[size:])
-    assert opposites(3, np.random.default_rng(0)).shape == (3, size)
-    assert opposites(21, np.random.default_rng(0)).shape == (21, size)
+    assert opposites(3, size, np.random.default_rng(0)).shape == (3, size)
+    assert opposites(21, size, np.random.default_rng(0)).shape == (21, size)
 
 
 def cohort(policy: ControlPolicy, falls: list[float], under_way: list[bool]) -> Cohort:
@@ -192,9 +192,9 @@ def test_improve_moves_towards_what_was_better(policy: ControlPolicy) -> None:
     settings = Settings(learning_rate=1e-3)
     runs = cohort(policy, [2.0, 1.0, 1.0], [True, True, True])
     seen = torch.from_numpy(runs.observations[0])
-    before = means(policy, seen).detach()
+    before = policy.means(seen).detach()
     found = improve(policy, torch.optim.Adam(policy.parameters(), 1e-3), runs, settings)
-    moved = (means(policy, seen) - before).detach()
+    moved = (policy.means(seen) - before).detach()
     assert moved[0, 0] > 0  # it explored this control, and fell further than the others
     assert moved[1, 1] < 0
     assert moved[2, 2] < 0
@@ -206,7 +206,7 @@ def test_an_update_stays_near() -> None:
         own = calibrated(random_policy())
         settings = Settings(kl=limit, clip=10.0, steps=50)
         runs = cohort(own, [2.0, 1.0, 1.0], [True, True, True])
-        return improve(own, torch.optim.Adam(own.parameters(), 1e-3), runs, settings)["train/approx_kl"]
+        return improve(own, torch.optim.Adam(own.parameters(), 5e-4), runs, settings)["train/approx_kl"]
 
     assert 0.02 < divergence(0.02) < 0.1 < 1.0 < divergence(50.0)
 

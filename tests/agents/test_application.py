@@ -118,7 +118,7 @@ def test_a_plain_run_writes_and_reports() -> None:
     for step in epochs:
         assert found["inner/val_loss", step] == run.val_loss[step - 1]
         assert found["inner/train_loss", step] == run.train_loss[step - 1]
-        for name in CONTROLS:
+        for name in run.controls:
             assert found[f"control/{name}", step] == run.controls[name][step - 1]
 
 
@@ -272,7 +272,16 @@ def test_nobody_can_peek_at_the_test_split(engine: bool) -> None:
 def test_a_cohort_offers_nothing_to_evaluate_with() -> None:
     cohort = Cohort(BatchedTraining(TASK, [0, 1]))
     public = {name for name in dir(cohort) if not name.startswith("_")}
-    assert public == {"task", "runs", "parameters", "examples", "has_dropout", "initial_loss", "snapshot", "restore"}
+    assert public == {
+        "task",
+        "runs",
+        "parameters",
+        "examples",
+        "hyperparameters",
+        "initial_loss",
+        "snapshot",
+        "restore",
+    }
     assert cohort.examples == 4 * 64
     np.testing.assert_allclose(
         cohort.initial_loss, [Training(TASK, seed).evaluate("val") for seed in (0, 1)], rtol=1e-5

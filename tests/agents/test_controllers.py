@@ -361,7 +361,7 @@ def test_values_do_not_outlast_a_run() -> None:
     cohort = Cohort(BatchedTraining(TASK, [0, 1]))
     signals = {name: np.ones(2) for name in ("train_loss", "val_loss")}
     rules = {kind: flat(BaseSchedule(1e-3, 32, 0.1, 0.1)).to_dict() for kind in ("adamw", "sgd")}
-    methods: Sequence[Any] = (WithPolicy(random_policy()), Replay(rules, np.zeros((1, GRID, 4))))
+    methods: Sequence[Any] = (WithPolicy(random_policy()), Replay(rules, np.zeros((1, GRID, len(CONTROLS)))))
     for method in methods:
         controller = method.attach(cohort)
         for _ in range(TASK.horizon):

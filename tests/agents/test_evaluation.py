@@ -18,7 +18,6 @@ from agents.controllers import Replay, WithPolicy, mean_trajectory
 from agents.evaluation import FACTORS, Budget, Evaluation, ablations, evaluate, labels, scaled
 from agents.schedules import Cosine, OneCycle
 from agents.summary import summarize
-from hpo_env.hyperparameters import CONTROLS
 from inner_models.models import ModelSpec, build_model
 from inner_models.replicated_layers import parameter_count
 from inner_models.tasks import Task, prepare
@@ -110,8 +109,9 @@ def test_the_bank_is_one_random_search_in_parts(found: Evaluation) -> None:
         progress = (np.arange(task.horizon) + 0.5) / task.horizon
         assert [run.seed for run in found.banks[label]] == [0, 1, 2, 3, 4, 0]
         for run, schedule in zip(found.banks[label], schedules, strict=True):
-            for name, values in schedule.values(progress).items():
-                np.testing.assert_allclose(run.controls[name], values, rtol=1e-12)
+            assert len(run.controls) == 4
+            for name, values in run.controls.items():
+                np.testing.assert_allclose(schedule.values(progress)[name], values, rtol=1e-12)
 
 
 def test_bad_starts(found: Evaluation) -> None:
@@ -131,7 +131,7 @@ def test_replays_leave_out_what_they_must_not_know(found: Evaluation) -> None:
     """On the same task, each seed is led by the other seeds' mean; on other tasks, by the other tasks' alone."""
     rules = found.policy.header.base_rules
     own = {label: [np.array(run.notes["offsets"]) for run in runs] for label, runs in found.runs["policy"].items()}
-    assert all(offsets.shape == (4 if label == "digits/mlp" else 3, 4) for label in own for offsets in own[label])
+    assert all(offsets.shape == (4 if label == "digits/mlp" else 3, 6) for label in own for offsets in own[label])
     for label, task in found.tasks.items():
         swapped = Replay(rules, np.stack([mean_trajectory([own[label][1]]), mean_trajectory([own[label][0]])]))
         (other,) = (runs for name, runs in own.items() if name != label)
@@ -151,14 +151,15 @@ def parameters_of(task: Task) -> int:
 def test_ablations_move_what_they_say(found: Evaluation) -> None:
     for label, task in found.tasks.items():
         base, own = found.runs["base-rule"][label][0], found.runs["policy"][label][0]
-        for name in CONTROLS:
+        for name in found.policy.header.controls:
             run = found.runs[f"{name}-only"][label][0]
-            assert {other for other in CONTROLS if run.controls[other] != base.controls[other]} <= {name}
+            assert {other for other in run.controls if run.controls[other] != base.controls[other]} <= {name}
         assert found.runs["lr-only"][label][0].controls["lr"] != base.controls["lr"]
         examples, parameters = prepare(task).interval_examples * task.horizon, parameters_of(task)
         rule = found.policy.header.base_rule(task.optimizer).schedule(examples, parameters)
-        for name, values in rule.values((np.arange(task.horizon) + 0.5) / task.horizon).items():
-            np.testing.assert_allclose(base.controls[name], values, rtol=1e-12)
+        expected = rule.values((np.arange(task.horizon) + 0.5) / task.horizon)
+        for name, values in base.controls.items():
+            np.testing.assert_allclose(values, expected[name], rtol=1e-12)
         assert found.runs["length-not-told"][label][0].controls["lr"] != own.controls["lr"]
     random, blanked = (found.runs[name]["digits/mlp"] for name in ("random-actions", "blanked"))
     assert random[0].controls != random[1].controls

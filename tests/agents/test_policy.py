@@ -446,7 +446,7 @@ def test_without_ranges_nothing_is_out_of_depth(ranges: dict[str, tuple[float, f
 def test_ranges_survive_the_file(path: Path) -> None:
     policy = knowing(progress=(0.0, 0.25), lr=(0.5, 0.6))
     policy.save(path)
-    rows = np.random.default_rng(0).uniform(-1, 2, (64, len(policy.header.features))).astype(np.float32)
+    rows = np.random.default_rng(0).uniform(-0.5, 1.5, (64, len(policy.header.features))).astype(np.float32)
     lost = policy.out_of_depth(rows)
     assert 0 < lost.sum() < 64
     np.testing.assert_array_equal(ControlPolicy.load(path).out_of_depth(rows), lost)

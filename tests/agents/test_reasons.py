@@ -17,7 +17,8 @@ from hpo_env.hyperparameters import CONTROLS
 from hpo_env.observations import FEATURES
 from tests.linear import INDEX, linear_policy
 
-VALUES = {"lr": 0.01, "batch_size": 32.0, "weight_decay": 0.1, "dropout": 0.1}
+VALUES = {"lr": 0.01, "batch_size": 32.0, "weight_decay": 0.1, "dropout": 0.1, "augmentation": 0.1}
+VALUES["label_smoothing"] = 0.1
 
 
 def observed(**values: float) -> NDArray[np.float32]:
@@ -70,6 +71,8 @@ STATES: dict[str, tuple[dict[str, float], str]] = {
     "batch_size in use": ({"batch_size": 0.25}, "batch_size at 32"),
     "weight_decay in use": ({"weight_decay": 1.0}, "weight_decay at 3"),
     "dropout in use": ({"dropout": 1.0}, "dropout at 0.5"),
+    "augmentation in use": ({"augmentation": 1.0}, "augmentation at 0.5"),
+    "label_smoothing in use": ({"label_smoothing": 1.0}, "label_smoothing at 0.5"),
 }  # fmt: skip
 """A state of each group, by its first or most telling feature, and its words."""
 
@@ -169,7 +172,7 @@ def test_the_start_is_chosen_from_what_is_given() -> None:
     text = reason(policy, observation, action, VALUES, VALUES, {**VALUES, "lr": 0.02, "dropout": 0.2}, first=True)
     assert text == (
         "start: lr 0.02 (schedule: 0.01): SGD; dropout 0.2 (schedule: 0.1): no one cause stands out; "
-        "about as scheduled: batch_size 32, weight_decay 0.1"
+        "about as scheduled: batch_size 32, weight_decay 0.1, augmentation 0.1, label_smoothing 0.1"
     )
 
 

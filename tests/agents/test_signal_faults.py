@@ -222,7 +222,7 @@ def test_resumed_at_every_epoch(tmp_path: Path) -> None:
 
 def test_groups_keep_their_ratios_to_the_last_bit_after_resuming() -> None:
     """Also where the tuner is made of the values in the checkpoint: 0.1 v / v is not always 0.1."""
-    policy, differences = random_policy(), 0
+    policy, differences = random_policy(scale=0.3), 0
     for seed in range(40):
         parameters = [nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))]
         groups = [{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "lr": 0.01}]

@@ -211,7 +211,7 @@ def test_staying_is_the_base_schedule() -> None:
     run, base = Loop(), BASE["adamw"]
     tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=EPOCHS, batch_size=48)
     for epoch in range(EPOCHS):
-        expected = {name: getattr(base, name) for name in CONTROLS}
+        expected = {name: getattr(base, name) for name in tuner.hyperparameters}
         expected["lr"] = base.lr * warmup_cosine(epoch, EPOCHS, base.warmup)
         assert tuner.hyperparameters == pytest.approx(expected, rel=1e-12)
         tuner.step(train_loss=1.0, val_loss=1.0)

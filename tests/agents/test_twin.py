@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ from hpo_env import HPOEnv, Variation
 from hpo_env.base_schedules import BaseRule
 from hpo_env.env import draw_episode
 from hpo_env.hyperparameters import CONTROLS
-from inner_models.models import Dropout, build_model
+from inner_models.models import build_model, random_layers
 from inner_models.sampling import BatchSampler
-from inner_models.tasks import OptimizerName, Task, prepare
+from inner_models.tasks import OptimizerName, Regularizer, Task, prepare
 from inner_models.training import Streams
 from tests.rules import RULES
 from tests.tiny import random_policy
@@ -47,10 +48,12 @@ def user_run(
     """What a user would write, with the data, weights and random streams of the environment's run."""
     data = prepare(task)
     train, val = data.dataset.train, data.dataset.val
-    streams = Streams(seed, sum(isinstance(m, Dropout) for m in build_model(task.model, data.dataset).modules()))
-    model = build_model(task.model, data.dataset, streams.init).double()
-    for module, stream in zip((m for m in model.modules() if isinstance(m, Dropout)), streams.masks, strict=True):
-        module.stream = stream
+    build = partial(build_model, task.model, data.dataset, augmented="augmentation" in data.regularizers)
+    streams = Streams(seed, len(random_layers(build())))
+    model = build(streams.init).double()
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.3 if "label_smoothing" in data.regularizers else 0.0)
+    for layer, stream in zip(random_layers(model), streams.layers, strict=True):
+        layer.stream = stream
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
@@ -58,19 +61,17 @@ def user_run(
         torch.optim.AdamW(groups) if task.optimizer == "adamw" else torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     )
 
-    def loss_of(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(model(inputs.double()), targets)
-
     def validate() -> float:
         model.eval()
         with torch.no_grad():
-            return loss_of(val.inputs, val.targets).item()
+            return functional.cross_entropy(model(val.inputs.double()), val.targets).item()
 
     rows = len(train) // 16 * 16
     tuner = Tuner(
         policy,
         optimizer,
         model=model,
+        criterion=criterion,
         total_epochs=task.horizon,
         examples_per_epoch=rows if told else None,
         batch_size=32,
@@ -86,7 +87,7 @@ def user_run(
         total = 0.0
         for inputs, targets in loader:
             optimizer.zero_grad()
-            loss = loss_of(inputs, targets)
+            loss = criterion(model(inputs.double()), targets)
             torch.autograd.backward(loss)
             optimizer.step()
             total += loss.item() * len(inputs)
@@ -124,6 +125,15 @@ def test_tuner_equals_environment(name: str, optimizer: OptimizerName) -> None:
     policy = random_policy(seed=3, scale=0.4)
     observations, infos, inner_seed = environment_run(task, policy, seed=11)
     assert len(infos) == task.horizon
+    assert_equal_runs((observations, infos), user_run(task, policy, inner_seed), tuple(CONTROLS)[:4])
+
+
+@pytest.mark.parametrize("name", ["digits/mlp", "digits/cnn", "waveforms/gru"])
+def test_tuner_equals_environment_with_all_controls(name: str) -> None:
+    both: tuple[Regularizer, ...] = ("augmentation", "label_smoothing")
+    task = Task.named(name, horizon=5, train_rows=200, eval_rows=100, regularizers=both)
+    policy = random_policy(seed=3, scale=0.4)
+    observations, infos, inner_seed = environment_run(task, policy, seed=11)
     assert_equal_runs((observations, infos), user_run(task, policy, inner_seed), tuple(CONTROLS))
 
 

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 
 from agents.policy_file import FORMAT, FORMAT_VERSION
+from hpo_env.hyperparameters import CONTROLS
+from hpo_env.observations import FEATURES
 from tests.tiny import random_policy
 
 Table = dict[str, Any]
@@ -38,6 +40,9 @@ class Canary:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return os.mkdir, (str(self.path),)
+
+
+_WIDE, _ACTIONS = len(FEATURES), len(CONTROLS)
 
 
 def container(header: Any, body: bytes = b"") -> bytes:
@@ -121,8 +126,13 @@ def _large() -> bytes:
     """As large as a policy file may be, and whole but for the last of its weights."""
     payload, table, _ = parts()
     payload["hidden"], end = [4000, 4000], 0
-    shapes = {"mean": [51], "network.0.bias": [4000], "network.0.weight": [4000, 51], "network.2.bias": [4000]}
-    shapes |= {"network.4.bias": [4], "network.4.weight": [4, 4000], "std": [51], "network.2.weight": [4000, 4000]}
+    shapes = {"mean": [_WIDE], "network.0.bias": [4000], "network.0.weight": [4000, _WIDE], "network.2.bias": [4000]}
+    shapes |= {
+        "network.4.bias": [_ACTIONS],
+        "network.4.weight": [_ACTIONS, 4000],
+        "std": [_WIDE],
+        "network.2.weight": [4000, 4000],
+    }
     for name, shape in shapes.items():
         table[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end := end + 4 * math.prod(shape)]}
     weights = np.full(end // 4, 1e-3, np.float32)
@@ -250,19 +260,19 @@ WHOLE: dict[str, Callable[[], bytes]] = {
     "a NaN mean": lambda: _weights("mean", math.nan),
     "a std of 0": lambda: _weights("std", 0.0),
     "a std of -1": lambda: _weights("std", -1.0),
-    "a wrong shape": lambda: _tensor("network.0.weight", shape=[51, 16]),
-    "a flat shape": lambda: _tensor("network.0.weight", shape=[51 * 16]),
-    "a shape of many axes": lambda: _tensor("mean", shape=[51] + [1] * 5000),
+    "a wrong shape": lambda: _tensor("network.0.weight", shape=[_WIDE, 16]),
+    "a flat shape": lambda: _tensor("network.0.weight", shape=[_WIDE * 16]),
+    "a shape of many axes": lambda: _tensor("mean", shape=[_WIDE] + [1] * 5000),
     "an enormous shape": lambda: _tensor("mean", shape=[10**7, 10**7]),
     "a shape that overflows": lambda: _tensor("mean", shape=[2**63, 2]),
-    "a negative shape": lambda: _tensor("mean", shape=[-51]),
+    "a negative shape": lambda: _tensor("mean", shape=[-_WIDE]),
     "a shape of bools": lambda: _tensor("network.2.bias", shape=[True, 4]),
     "an empty tensor": lambda: _moved(_add(extra=_empty([0, 2**20]))),
     "a hundred tensors too many": lambda: _moved(_add(**{f"{name}": _empty([0]) for name in range(100)})),
     "a tensor too many": lambda: _moved(_add(**{"../../etc/passwd": _empty([0])})),
     "a tensor named in two scripts": lambda: _moved(lambda table: table.update({"m\u0435an": table.pop("mean")})),
     "a tensor named as half a character": lambda: _moved(_add(**{"\ud800": _empty([0])})),
-    "halves and doubles": lambda: _tensor("mean", dtype="F64", shape=[51], data_offsets=[0, 408]),
+    "halves and doubles": lambda: _tensor("mean", dtype="F64", shape=[_WIDE], data_offsets=[0, 8 * _WIDE]),
     "integers": lambda: _tensor("mean", dtype="I32"),
     "eight bits": lambda: _tensor("mean", dtype="F8_E4M3"),
     "a type in small letters": lambda: _tensor("mean", dtype="f32"),
@@ -272,10 +282,10 @@ WHOLE: dict[str, Callable[[], bytes]] = {
     "a gap between tensors": lambda: _moved(_gap, grow=64),
     "bytes after the tensors": lambda: sealed(*parts()) + b"more",
     "offsets that go back": lambda: _moved(_backwards),
-    "offsets below zero": lambda: _tensor("mean", data_offsets=[-204, 0]),
-    "offsets that are floats": lambda: _tensor("mean", data_offsets=[0.0, 204.0]),
-    "offsets beyond 64 bits": lambda: _tensor("mean", data_offsets=[0, 2**64 + 204]),
-    "three offsets": lambda: _tensor("mean", data_offsets=[0, 204, 204]),
+    "offsets below zero": lambda: _tensor("mean", data_offsets=[-4 * _WIDE, 0]),
+    "offsets that are floats": lambda: _tensor("mean", data_offsets=[0.0, 4.0 * _WIDE]),
+    "offsets beyond 64 bits": lambda: _tensor("mean", data_offsets=[0, 2**64 + 4 * _WIDE]),
+    "three offsets": lambda: _tensor("mean", data_offsets=[0, 4 * _WIDE, 4 * _WIDE]),
     "a tensor twice": lambda: _outer('"mean": ', '"mean": {}, "mean": '),
     "the metadata twice": lambda: _outer('{"__metadata__"', '{"__metadata__": {}, "__metadata__"'),
     "a header entry twice": lambda: _text('"hidden": [16]', '"hidden": [4096], "hidden": [16]'),

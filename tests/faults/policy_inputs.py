@@ -15,6 +15,7 @@ import numpy as np
 from agents import ControlPolicy, PolicyError, policy_file
 from agents.tuner import pretrained_path
 from hpo_env.hyperparameters import CONTROLS
+from hpo_env.observations import FEATURES
 from tests.faults.hostile import container, parts, seal, sealed
 
 NASTY: tuple[Any, ...] = (
@@ -23,7 +24,7 @@ NASTY: tuple[Any, ...] = (
     {"a": {"a": {"a": {}}}},
 )  # fmt: skip
 FLOATS = np.array([0, -0.0, 1e-45, -1e-45, 1, -1, 1e6, -1e6, 1.1e6, 3e38, -3e38, np.inf, -np.inf, np.nan], np.float32)
-_OBSERVATIONS = np.random.default_rng(0).uniform(-2, 2, (2, 51)).astype(np.float32)
+_OBSERVATIONS = np.random.default_rng(0).uniform(-2, 2, (2, len(FEATURES))).astype(np.float32)
 
 SEEDS = (pretrained_path().read_bytes(), sealed(*parts()))
 """Whole files."""

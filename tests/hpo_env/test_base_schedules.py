@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from tests.rules import RULES, flat
 
 BASE = BaseSchedule(lr=0.004, batch_size=32, weight_decay=0.1, dropout=0.1, warmup=0.1)
 ROWS = {"lr": (-5.0, -0.5, 0.25), "batch_size": (4.0, 0.25, 0.0), "weight_decay": (-2.0, 0.0, -1.0)}
-ROWS |= {"dropout": (-1.0, -0.5, 1.0)}
+ROWS |= {"dropout": (-1.0, -0.5, 1.0), "augmentation": (-2.0, 0.5, 0.0), "label_smoothing": (-3.0, 0.0, 0.5)}
 RULE = BaseRule(ROWS, warmup=0.2)
 
 
@@ -112,8 +113,9 @@ def test_a_rules_schedule_is_shaped_by_its_warmup() -> None:
 def test_flat() -> None:
     """The tests' own helper."""
     for examples in (100, 1e6):
-        found = flat(BASE).schedule(examples, 1e5).to_dict()
-        assert found == pytest.approx(BASE.to_dict())
+        given = replace(BASE, augmentation=0.1, label_smoothing=0.2)
+        found = flat(given).schedule(examples, 1e5).to_dict()
+        assert found == pytest.approx(given.to_dict())
 
 
 @pytest.mark.parametrize("rule", [RULE, *RULES.values()])

@@ -64,7 +64,7 @@ def test_zero_actions_follow_the_base_schedule_exactly() -> None:
 
 def test_an_offset_stays_until_it_is_moved() -> None:
     loop = make_loop(given=BASE)
-    up = np.array([[1.0, 0.0, 0.0, 0.0]])
+    up = np.array([[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
     for interval, (action, offset) in enumerate([(up, 30), (0 * up, 30), (up, 75), (up, 100), (-up, 40)]):
         values = loop.decide(action)
         base = BASE.values(np.array([(interval + 0.5) / 10]))
@@ -76,30 +76,30 @@ def test_an_offset_stays_until_it_is_moved() -> None:
 def test_fixed_controls_do_not_move() -> None:
     loop = make_loop(2, given=BASE)
     loop.restart([0, 1], fixed=[{"dropout": 0.0, "batch_size": 48.0}, {}])
-    values = loop.decide(np.ones((2, 4)))
+    values = loop.decide(np.ones((2, len(CONTROLS))))
     assert values["dropout"][0] == 0
     assert values["batch_size"][0] == 48
     assert values["dropout"][1] > 0.5 - 1e-9
     assert values["batch_size"][1] == 128
-    assert loop.state.actions[0].tolist() == [1, 0, 1, 0]
+    assert loop.state.actions[0].tolist() == [1, 0, 1, 0, 1, 1]
     assert loop.state.offsets[0, [1, 3]].tolist() == [0, 0]
     assert values["lr"][0] == values["lr"][1]
 
 
 def test_restart_concerns_its_runs_only() -> None:
     loop = make_loop(3, given=BASE)
-    loop.decide(np.ones((3, 4)))
+    loop.decide(np.ones((3, len(CONTROLS))))
     loop.record({"val_loss": np.ones(3)})
     before = loop.values()
     loop.restart([1], {"val_loss": np.array([9.0])})
     after = loop.values()
     assert loop.state.telemetry.interval.tolist() == [1, 0, 1]
-    assert loop.state.offsets[1].tolist() == [0, 0, 0, 0]
+    assert loop.state.offsets[1].tolist() == [0] * len(CONTROLS)
     for name in ("batch_size", "weight_decay", "dropout"):
         assert after[name][[0, 2]].tolist() == before[name][[0, 2]].tolist()
         assert after[name][1] == getattr(BASE, name)
     # The restarted run's next decision is its first.
-    assert loop.decide(np.ones((3, 4)))["batch_size"].tolist() == [256, 128, 256]
+    assert loop.decide(np.ones((3, len(CONTROLS))))["batch_size"].tolist() == [256, 128, 256]
 
 
 def test_horizon_is_positive() -> None:
@@ -179,7 +179,7 @@ def test_states_that_no_intervals_have(epoch: Any, parts: Any) -> None:
 
 def test_in_between_only_the_base_schedule_moves() -> None:
     loop = make_loop(given=BASE)
-    decided = loop.decide(np.array([[0.5, 1.0, -0.5, 0.5]]), None, 0.05)
+    decided = loop.decide(np.array([[0.5, 1.0, -0.5, 0.5, 0.5, -0.5]]), None, 0.05)
     for progress in (0.1, 0.4, 0.99):
         values = loop.values_at(progress)
         base = BASE.values(np.array([progress]))
@@ -204,7 +204,7 @@ def test_a_decision_for_a_part_of_the_run() -> None:
 def test_the_base_is_the_rules_for_the_runs_length_and_size() -> None:
     loop = make_loop(3, parameters=700)
     loop.restart(range(3), examples=np.array([500.0, 90_000.0, np.nan]))
-    values = loop.decide(np.zeros((3, 4)))
+    values = loop.decide(np.zeros((3, len(CONTROLS))))
     for run, examples in enumerate((500.0, 90_000.0, math.nan)):
         expected = RULE.schedule(examples, 700).values(np.array([0.05]))
         assert {name: column[run] for name, column in values.items()} == {name: v[0] for name, v in expected.items()}
@@ -215,7 +215,7 @@ def test_the_base_follows_what_is_told_later() -> None:
     """Only where the length was not known; the offsets, and what has been decided, stay."""
     loop = make_loop(3)
     loop.restart(range(3), examples=np.array([np.nan, 700.0, np.nan]))
-    action = np.tile([0.2, 0.0, 0.1, -0.1], (3, 1))
+    action = np.tile([0.2, 0.0, 0.1, -0.1, 0.1, -0.1], (3, 1))
     before = loop.decide(action)
     seen = loop.observe()
     assert seen[:, INDEX["examples_known"]].tolist() == [0, 1, 0]
@@ -244,10 +244,10 @@ def test_telling_says_whether_it_was_news() -> None:
 def test_a_first_decision_is_taken_back() -> None:
     """All of it: what is observed and what is decided next are as if it had not been."""
     loop = make_loop(2)
-    initial, shifts = {"val_loss": np.array([2.0, 3.0])}, np.array([[1.0, 0.5, -1.0, 0.5], [0.0] * 4])
+    initial, shifts = {"val_loss": np.array([2.0, 3.0])}, np.array([[1.0, 0.5, -1.0, 0.5, 1.0, -1.0], [0.0] * 6])
     loop.restart([0, 1], initial, fixed=[{}, {"dropout": 0.25}], shifts=shifts)
     before, values = loop.observe(), lists(loop.values())
-    actions = np.array([[0.3, -0.4, 0.5, 0.2]] * 2)
+    actions = np.array([[0.3, -0.4, 0.5, 0.2, 0.4, -0.3]] * 2)
     decided = lists(loop.decide(actions, None, 0.01))
     loop.take_back()
     np.testing.assert_array_equal(loop.observe(), before)
@@ -273,10 +273,10 @@ def test_given_values_do_not_follow_what_is_told() -> None:
 def test_the_distance_of_given_values_from_the_rule_is_seen() -> None:
     rule = flat(BASE)
     given = BaseSchedule(lr=0.04, batch_size=64, weight_decay=0.01, dropout=0.2, warmup=0.1)
-    expected = [math.log(10), math.log(2), -math.log(10), math.log(0.25 * 9)]
+    expected = [math.log(10), math.log(2), -math.log(10), math.log(0.25 * 9), 0.0, 0.0]
     loop = make_loop(rule=rule, given=given)
     assert offsets_seen(loop)[0] == pytest.approx(expected, rel=1e-5)
-    action = np.array([[-math.log(10) / math.log(30), 0.0, 0.0, 0.0]])
+    action = np.array([[-math.log(10) / math.log(30), *[0.0] * 5]])
     assert loop.decide(action)["lr"] == pytest.approx(BASE.values(np.array([0.05]))["lr"])
     assert offsets_seen(loop)[0] == pytest.approx([0, *expected[1:]], rel=1e-5, abs=1e-6)
     assert (offsets_seen(make_loop(rule=rule)) == 0).all()
@@ -285,7 +285,7 @@ def test_the_distance_of_given_values_from_the_rule_is_seen() -> None:
 def test_a_base_that_is_off_is_seen_and_can_be_undone() -> None:
     """By moving back as far as the distance says."""
     loop = make_loop(2, rule=flat(BASE), max_factor=math.inf)
-    shifts = np.array([[math.log(20), math.log(2), -math.log(8), 1.5], [0.0, 0.0, 0.0, 0.0]])
+    shifts = np.array([[math.log(20), math.log(2), -math.log(8), 1.5, 0.5, 1.0], [0.0] * 6])
     loop.restart([0, 1], shifts=shifts)
     off = loop.values()
     assert off["lr"][0] == pytest.approx(20 * off["lr"][1])
@@ -296,15 +296,15 @@ def test_a_base_that_is_off_is_seen_and_can_be_undone() -> None:
     values = loop.decide(-offsets_seen(loop) / first)
     for name, column in values.items():
         assert column[0] == pytest.approx(column[1], rel=1e-5), name
-    assert offsets_seen(loop) == pytest.approx(np.zeros((2, 4)), abs=1e-5)
+    assert offsets_seen(loop) == pytest.approx(np.zeros((2, len(CONTROLS))), abs=1e-5)
     loop.record({})
-    assert loop.decide(np.zeros((2, 4)))["lr"][0] == pytest.approx(BASE.values(np.array([0.15]))["lr"][0])
+    assert loop.decide(np.zeros((2, len(CONTROLS))))["lr"][0] == pytest.approx(BASE.values(np.array([0.15]))["lr"][0])
 
 
 def test_shifts_keep_to_the_controls_ranges() -> None:
     """And what is seen is how far the values are off, not how far they were to be."""
     loop = make_loop(2, rule=flat(BASE))
-    loop.restart([0, 1], shifts=np.array([[50.0] * 4, [-50.0] * 4]))
+    loop.restart([0, 1], shifts=np.array([[50.0] * 6, [-50.0] * 6]))
     rows = offsets_seen(loop)
     for index, (name, control) in enumerate(CONTROLS.items()):
         down, up = control.room(np.array([getattr(BASE, name)]))
@@ -319,14 +319,14 @@ def test_shifts_keep_to_the_controls_ranges() -> None:
 
 def test_a_run_goes_back_to_its_base() -> None:
     loop = make_loop(2)
-    loop.decide(np.ones((2, 4)))
+    loop.decide(np.ones((2, len(CONTROLS))))
     loop.record({})
-    values = loop.decide(np.ones((2, 4)), np.array([True, False]))
+    values = loop.decide(np.ones((2, len(CONTROLS))), np.array([True, False]))
     base = RULE.schedule(math.nan, 3000).values(np.array([0.15]))
     assert {name: column[0] for name, column in values.items()} == {name: column[0] for name, column in base.items()}
     assert values["lr"][1] > 50 * values["lr"][0]
     loop.record({})
-    again = loop.decide(np.array([[1.0, 0.0, 0.0, 0.0]] * 2), np.array([False, False]))
+    again = loop.decide(np.array([[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]] * 2), np.array([False, False]))
     # From there it is moved as any other, by the reach of a later decision.
     assert again["lr"][0] == pytest.approx(2.5 * RULE.schedule(math.nan, 3000).values(np.array([0.25]))["lr"][0])
 
@@ -334,7 +334,7 @@ def test_a_run_goes_back_to_its_base() -> None:
 def test_a_lowered_learning_rate_is_lowered_at_the_base_too() -> None:
     loop = make_loop(given=BASE)
     loop.scale_lr(0, 0.25)
-    assert loop.decide(np.ones((1, 4)), np.array([True]))["lr"] == pytest.approx(
+    assert loop.decide(np.ones((1, len(CONTROLS))), np.array([True]))["lr"] == pytest.approx(
         0.25 * BASE.values(np.array([0.05]))["lr"]
     )
     assert loop.values_at(0.5)["lr"] == pytest.approx(0.25 * BASE.values(np.array([0.5]))["lr"])
@@ -346,9 +346,11 @@ def test_a_lowered_learning_rate_is_lowered_at_the_base_too() -> None:
 def test_a_loop_goes_on_from_its_state() -> None:
     rng = np.random.default_rng(0)
     loops = [make_loop(2), make_loop(2)]
-    loops[0].restart([0, 1], {"val_loss": np.array([2.0, 3.0])}, shifts=np.array([[1.0, 0.0, -1.0, 0.5], [0.0] * 4]))
+    loops[0].restart(
+        [0, 1], {"val_loss": np.array([2.0, 3.0])}, shifts=np.array([[1.0, 0.0, -1.0, 0.5, 1.0, -1.0], [0.0] * 6])
+    )
     for _ in range(3):
-        loops[0].decide(rng.uniform(-1, 1, (2, 4)))
+        loops[0].decide(rng.uniform(-1, 1, (2, len(CONTROLS))))
         loops[0].record({"val_loss": rng.uniform(1, 2, 2), "train_loss": rng.uniform(1, 2, 2)})
     loops[0].tell_examples(4e4)
     loops[0].scale_lr(1, 0.25)
@@ -357,14 +359,14 @@ def test_a_loop_goes_on_from_its_state() -> None:
     for _ in range(3):
         assert lists(loops[1].values()) == lists(loops[0].values())
         np.testing.assert_array_equal(loops[1].observe(), loops[0].observe())
-        actions, signals = rng.uniform(-1, 1, (2, 4)), {"val_loss": rng.uniform(1, 2, 2)}
+        actions, signals = rng.uniform(-1, 1, (2, len(CONTROLS))), {"val_loss": rng.uniform(1, 2, 2)}
         assert lists(loops[0].decide(actions)) == lists(loops[1].decide(actions))
         for loop in loops:
             loop.record(signals)
 
 
 def test_a_state_of_other_runs() -> None:
-    with pytest.raises(ValueError, match=r"offsets is torch.float64 \(2, 4\), not torch.float64 \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"offsets is torch.float64 \(2, 6\), not torch.float64 \(3, 6\)"):
         make_loop(3).load_state_dict(make_loop(2).state_dict())
 
 
@@ -384,12 +386,12 @@ def test_a_run_that_has_outlasted_its_length_goes_on_from_its_state() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("offsets", torch.full((1, 4), math.nan, dtype=torch.float64)),
-        ("offsets", torch.zeros(1, 4)),
+        ("offsets", torch.full((1, 6), math.nan, dtype=torch.float64)),
+        ("offsets", torch.zeros(1, 6)),
         ("offsets", torch.zeros(1, 3, dtype=torch.float64)),
-        ("actions", torch.full((1, 4), 1.5, dtype=torch.float64)),
-        ("values", torch.full((1, 4), -1.0, dtype=torch.float64)),
-        ("shifts", torch.full((1, 4), math.inf, dtype=torch.float64)),
+        ("actions", torch.full((1, 6), 1.5, dtype=torch.float64)),
+        ("values", torch.full((1, 6), -1.0, dtype=torch.float64)),
+        ("shifts", torch.full((1, 6), math.inf, dtype=torch.float64)),
         ("lr_scale", torch.full((1,), 2.0, dtype=torch.float64)),
         ("examples", torch.full((1,), -5.0, dtype=torch.float64)),
         ("interval", torch.tensor([-1])),
@@ -417,7 +419,7 @@ def test_damaged_states_of_a_loop(name: str, value: Any) -> None:
 def test_a_loop_goes_on_from_what_the_other_was_given() -> None:
     loop = make_loop(given=BASE)
     other = make_loop(given=BaseSchedule(lr=0.1, batch_size=64, weight_decay=0.2, dropout=0.3))
-    loop.decide(np.full((1, 4), 0.3))
+    loop.decide(np.full((1, 6), 0.3))
     other.load_state_dict(through_a_file(loop.state_dict()))
     assert lists(other.decide(STAY)) == lists(loop.decide(STAY))
     np.testing.assert_array_equal(other.observe(), loop.observe())

@@ -20,7 +20,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import hpo_env
 from hpo_env.actions import RANGES
-from hpo_env.base_schedules import BaseSchedule
+from hpo_env.base_schedules import REGULARIZERS, BaseSchedule
 from hpo_env.env import Episode, HPOEnv, Variation, draw_episode, resolve_tasks
 from hpo_env.hyperparameters import CONTROLS
 from hpo_env.observations import FEATURES
@@ -176,7 +176,7 @@ def test_hyperparameters_reach_the_training() -> None:
     env.reset(seed=0)
     assert env._training is not None
     for action in (-1.0, 1.0, 0.3):
-        info = env.step(np.full(4, action, np.float32))[4]
+        info = env.step(np.full(len(CONTROLS), action, np.float32))[4]
         decayed, others = env._training.optimizer.param_groups
         assert decayed["lr"] == others["lr"] == info["lr"]
         assert (decayed["weight_decay"], others["weight_decay"]) == (info["weight_decay"], 0)
@@ -255,7 +255,7 @@ def draws(variation: Variation, count: int = 200) -> list[Episode]:
 
 def test_draws_of_an_episode() -> None:
     plain = draw_episode(np.random.default_rng(0), Variation())
-    assert plain == Episode(plain.seed, {}, (0.0, 0.0, 0.0, 0.0), blind=False, untold=False, unmeasured=False)
+    assert plain == Episode(plain.seed, {}, (0.0,) * len(CONTROLS), blind=False, untold=False, unmeasured=False)
     episodes = draws(Variation(*[0.5, 0.5, 10.0, 0.5, 0.5, 0.5]))
     assert len({episode.seed for episode in episodes}) == 200
     for name, control in CONTROLS.items():
@@ -282,7 +282,7 @@ def test_draws_of_a_base_that_is_off() -> None:
         assert -reach <= drawn.min() < -0.8 * reach
         assert 0.8 * reach < drawn.max() <= reach
         assert abs(drawn.mean()) < 0.2 * reach
-    assert all(np.unique(shifts[off, 1:] != 0, axis=0).sum(axis=0) == 4)  # in every combination
+    assert all(np.unique(shifts[off, 1:] != 0, axis=0).sum(axis=0) == 2 ** (len(CONTROLS) - 2))  # in every combination
 
 
 def test_equal_generators_give_equal_episodes_whatever_the_probabilities() -> None:
@@ -304,9 +304,9 @@ def test_variation_shows_in_an_episode() -> None:
     env = HPOEnv(make_task(), variation=variation, base=BaseSchedule(0.01, 32, 0.1, 0.1))
     _, info = env.reset(seed=0)
     features = observed(env.reset(seed=0)[0])
-    assert [features[f"{name}_available"] for name in CONTROLS] == [1, 0, 0, 0]
+    assert [features[f"{name}_available"] for name in CONTROLS] == [1, 0, 0, 0, 0, 0]
     assert features["val_missing"] == 1
-    after = env.step(-np.ones(4, np.float32))[4]
+    after = env.step(-np.ones(len(CONTROLS), np.float32))[4]
     assert after["lr"] == pytest.approx(info["lr"] / 30)
     assert {name: after[name] for name in ("batch_size", "weight_decay", "dropout")} == {
         name: info[name] for name in ("batch_size", "weight_decay", "dropout")
@@ -322,7 +322,7 @@ def base_of(env: HPOEnv, examples: float, interval: int = 0) -> dict[str, float]
     """The values that the rule has for a run of that length."""
     schedule = RULES[env.task.optimizer].schedule(examples, parameters_of(env))
     values = schedule.values(np.array([(interval + 0.5) / env.task.horizon]))
-    return {name: value.item() for name, value in values.items()}
+    return {name: 0.0 if name in REGULARIZERS else value.item() for name, value in values.items()}
 
 
 def values_in(info: dict[str, Any]) -> dict[str, float]:
@@ -339,7 +339,7 @@ def test_a_run_that_is_left_alone_follows_the_rule(optimizer: str) -> None:
     for interval in range(3):
         observation, _, _, _, info = env.step(STAY)
         assert values_in(info) == pytest.approx(base_of(env, 3 * 64, interval))
-        assert [observed(observation)[f"{name}_offset"] for name in CONTROLS] == [0, 0, 0, 0]
+        assert [observed(observation)[f"{name}_offset"] for name in CONTROLS] == [0] * len(CONTROLS)
 
 
 def test_the_length_is_told_after_the_first_interval() -> None:
@@ -380,7 +380,7 @@ def test_gradients_are_never_measured() -> None:
 
 
 def test_a_base_that_is_off_shows_in_an_episode() -> None:
-    env = HPOEnv(make_task(), variation=Variation(start_probability=1))
+    env = HPOEnv(make_task(regularizers=tuple(REGULARIZERS)), variation=Variation(start_probability=1))
     moved = set()
     for seed in range(6):
         observation, info = env.reset(seed=seed)
@@ -391,7 +391,7 @@ def test_a_base_that_is_off_shows_in_an_episode() -> None:
             if name != "batch_size":  # that one is rounded
                 expected = np.clip(shift, down, up) / RANGES[name].limit
                 assert features[f"{name}_offset"] == pytest.approx(expected, abs=1e-6)
-            assert (info[name] != pytest.approx(base[name])) == (shift != 0) or name == "batch_size"
+            assert name in ("batch_size", *REGULARIZERS) or (info[name] != pytest.approx(base[name])) == (shift != 0)
             moved |= {name} if features[f"{name}_offset"] else set()
     assert moved == set(CONTROLS)
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hpo_env.hyperparameters import CONTROLS, Binding, Hyperparameter, finite_positive
+from inner_models.augmentation import Augment
 
 LINEAR = Hyperparameter("momentum", -1.0, 3.0, "linear")
 HYPERPARAMETERS = [*CONTROLS.values(), LINEAR]
@@ -144,8 +145,9 @@ def test_decay_is_offered_only_where_it_means_the_same(
 
 
 def test_what_is_off_stays_off() -> None:
-    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.0))
-    assert "dropout" not in Binding(torch.optim.SGD(model.parameters(), lr=0.1), model).available
+    model = nn.Sequential(Augment("table", 0.0), nn.Linear(1, 1), nn.Dropout(0.0))
+    binding = Binding(torch.optim.SGD(model.parameters(), lr=0.1), model, criterion=nn.CrossEntropyLoss())
+    assert binding.available == ("lr",)
 
 
 def test_dropouts_keep_their_ratios() -> None:
@@ -155,6 +157,22 @@ def test_dropouts_keep_their_ratios() -> None:
     rates = [module.p for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
     assert rates == pytest.approx([0.2, 0.05, 0])
     assert binding.read()["dropout"] == 0.2
+
+
+def test_augmentations_and_losses_keep_their_ratios() -> None:
+    """Two of each, one of them at half the strength of the other."""
+    model = nn.Sequential(Augment("image", 0.2), nn.Sequential(Augment("image", 0.1)), nn.Linear(1, 1))
+    losses = nn.ModuleList(
+        [nn.CrossEntropyLoss(label_smoothing=0.1), nn.MSELoss(), nn.CrossEntropyLoss(label_smoothing=0.2)]
+    )
+    binding = Binding(torch.optim.SGD(model.parameters(), lr=0.1), model, criterion=losses)
+    assert binding.read() == {"lr": 0.1, "augmentation": 0.2, "label_smoothing": 0.2}
+    binding.write({"augmentation": 0.4, "label_smoothing": 0.1})
+    strengths = [layer.strength for layer in model.modules() if isinstance(layer, Augment)]
+    smoothing = [loss.label_smoothing for loss in losses if isinstance(loss, nn.CrossEntropyLoss)]
+    assert strengths == pytest.approx([0.4, 0.2])
+    assert smoothing == pytest.approx([0.05, 0.1])
+    assert binding.read() == pytest.approx({"lr": 0.1, "augmentation": 0.4, "label_smoothing": 0.1})
 
 
 def test_batch_size_is_an_int() -> None:
@@ -179,7 +197,13 @@ def test_available_controls() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     assert Binding(optimizer).available == ("lr", "weight_decay")
     assert Binding(optimizer, nn.Linear(1, 1)).available == ("lr", "weight_decay")
-    assert Binding(optimizer, model, Sampler()).available == tuple(CONTROLS)
+    assert Binding(optimizer, model, Sampler()).available == tuple(CONTROLS)[:4]
+    augmented = nn.Sequential(Augment("table", 0.1), model)
+    assert Binding(optimizer, augmented, Sampler(), nn.CrossEntropyLoss(label_smoothing=0.1)).available == tuple(
+        CONTROLS
+    )
+    assert Binding(optimizer, model, Sampler(), nn.CrossEntropyLoss()).available == tuple(CONTROLS)[:4]
+    assert Binding(optimizer, model, Sampler(), nn.MSELoss()).available == tuple(CONTROLS)[:4]
     assert Binding(torch.optim.Rprop(model.parameters())).available == ("lr",)
 
 

@@ -84,7 +84,7 @@ def test_odd_signals(value: float, before: float) -> None:
     loop.restart([0], {"val_loss": np.array([before])})
     for signal in (before, value, value, before, value):
         observe(loop)
-        loop.decide(np.zeros((1, 4)))
+        loop.decide(np.zeros((1, len(CONTROLS))))
         loop.record({name: np.array([signal]) for name in SIGNALS})
         observe(loop)
 
@@ -104,7 +104,7 @@ def test_odd_signals_in_every_pair() -> None:
 def test_missing_signals(present: set[str]) -> None:
     loop = make_loop()
     for _ in range(10):  # longer than its horizon
-        loop.decide(np.ones((1, 4)))
+        loop.decide(np.ones((1, len(CONTROLS))))
         loop.record({name: np.array([0.5]) for name in present})
         features = named(loop)
     assert features["val_missing"] == ("val_loss" not in present)
@@ -194,7 +194,7 @@ def test_features_by_hand() -> None:
         (3.0, 1.0, 6.0, 3.0),
     ]  # val, train, gradient norm, its spread
     for step, (val, train, norm, spread) in enumerate(history):
-        loop.decide(np.array([[1.0 if step == 0 else 0.5, 0.0, -1.0, 1.0]]))
+        loop.decide(np.array([[1.0 if step == 0 else 0.5, 0.0, -1.0, 1.0, -0.5, 0.25]]))
         loop.record(
             {
                 "val_loss": np.array([val]),
@@ -244,6 +244,10 @@ def test_features_by_hand() -> None:
         "dropout_offset": 0,
         "dropout_action": 0,
         "dropout_available": 0,
+        "augmentation_action": -0.5,
+        "label_smoothing_action": 0.25,
+        "label_smoothing_offset": (2.5 * 0.25 + 2 * 0.25) / 5,
+        "label_smoothing_available": 1,
     }
     assert {name: features[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
     loop.record({"val_loss": np.array([3.0])})

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,8 @@ def make_task(name: str = "digits/mlp", **overrides: Any) -> Task:
 
 
 def random_actions(rng: np.random.Generator, count: int) -> NDArray[np.float32]:
-    return rng.uniform(-1, 1, (count, len(CONTROLS))).astype(np.float32)
+    actions = rng.uniform(-1, 1, (count, 4)).astype(np.float32)
+    return np.concatenate([actions, actions[:, : len(CONTROLS) - 4]], axis=1)
 
 
 def stay(count: int) -> NDArray[np.float32]:
@@ -113,6 +115,12 @@ def assert_twins(
 )
 def test_same_episodes_as_single_environments(name: str) -> None:
     assert assert_twins(3, steps=9, task=make_task(name), base=GENTLE, variation=VARIATION) == 6
+
+
+@pytest.mark.parametrize("name", ["digits/cnn", "diabetes/mlp", "markov-text-0/gru"])
+def test_same_episodes_with_all_controls(name: str) -> None:
+    task = replace(make_task(name), regularizers=("augmentation", "label_smoothing"))
+    assert assert_twins(3, steps=9, task=task, base=GENTLE, variation=VARIATION) == 6
 
 
 def test_same_episodes_under_sgd_in_cohorts() -> None:

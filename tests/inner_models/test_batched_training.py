@@ -176,8 +176,9 @@ def test_signals_and_sizes() -> None:
     assert list(signals) == list(SIGNALS)
     assert all(values.shape == (3,) and values.dtype == np.float64 for values in signals.values())
     assert engine.parameters == parameter_count(build_model(task.model, prepare(task).dataset))
-    assert engine.has_dropout
-    assert not BatchedTraining(make_task("digits", "linear"), SEEDS).has_dropout
+    assert engine.hyperparameters == ("lr", "batch_size", "weight_decay", "dropout")
+    linear = BatchedTraining(make_task("digits", "linear"), SEEDS)
+    assert linear.hyperparameters == ("lr", "batch_size", "weight_decay")
 
 
 @pytest.mark.parametrize("name", ["digits/cnn", "diabetes/mlp", "digits/autoencoder", "markov-text-0/gru"])

@@ -204,6 +204,9 @@ def test_elementwise_loss_by_hand() -> None:
     logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
     losses = elementwise_loss(logits, torch.tensor([1, 0]), "cross_entropy")
     assert losses.tolist() == pytest.approx([math.log(4 / 3), math.log(2)])
+    # A fifth of the target spread over both classes: log(4 / 3) + 0.1 log(3).
+    smooth = elementwise_loss(logits, torch.tensor([1, 0]), "cross_entropy", label_smoothing=0.2)
+    assert smooth.tolist() == pytest.approx([math.log(4 / 3) + 0.1 * math.log(3), math.log(2)])
     squares = elementwise_loss(torch.tensor([[1.0, 4.0]]), torch.tensor([[3.0, 4.0]]), "mse")
     assert squares.tolist() == [[4.0, 0.0]]
 

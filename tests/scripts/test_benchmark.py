@@ -135,7 +135,7 @@ def test_the_environments_sides_train_alike(here: Setting) -> None:
             engine.interval()
     finally:
         subproc.close()
-    assert list(first_action(64)) == [0, 1, 0, 0]
+    assert list(first_action(64)) == [0, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["digits/linear", "digits/cnn", "waveforms/gru", "waveforms/transformer"])

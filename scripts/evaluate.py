@@ -101,7 +101,7 @@ def main(config: Config) -> None:
     for package in ("matplotlib", "schedulefree", "prodigyopt", *(("optuna", "cmaes") if budget.searches else ())):
         require(package, extra="compare")  # rather now than after hours
     policy = ControlPolicy.load(config.policy or pretrained_path())
-    seen = sorted({task.dataset for task in tasks} & datasets_of(META_TRAIN))
+    seen = sorted(datasets_of(tuple(tasks)) & datasets_of(META_TRAIN))
     if seen:
         console.print(f"note: {', '.join(seen)} may have been trained on: part of meta-train", soft_wrap=True)
     check_out(config.out)

@@ -28,9 +28,8 @@ from inner_models.workers import one_thread_each
 from .application import Run, train, train_cohort
 from .files import write_atomically
 from .policy import ControlPolicy
-from .population_based import PopulationBased
 from .provenance import provenance
-from .searches import OptunaSearch, Searched
+from .searches import Searched
 
 _ROOT = Path(__file__).parents[1]
 
@@ -45,7 +44,7 @@ class Cell:
     """One method on one task.
 
     Attributes:
-        method: a search, what runs as a cohort (it has `attach`), or what attaches to a torch run.
+        method: a search (it has `run`), what runs as a cohort (it has `attach`), or what attaches to a torch run.
         seeds: one run (or search) each.
     """
 
@@ -55,7 +54,7 @@ class Cell:
 
     @property
     def is_search(self) -> bool:
-        return isinstance(self.method, OptunaSearch | PopulationBased)
+        return hasattr(self.method, "run")
 
     @cached_property
     def key(self) -> str:
@@ -181,6 +180,8 @@ def describe(value: Any) -> Any:
     """A task, a method or a part of one, as JSON: equal for equal settings only."""
     if isinstance(value, ControlPolicy):
         return {"policy": value.digest}
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray):
         data = np.ascontiguousarray(value)
         return {"array": hashlib.sha256(f"{data.dtype}{data.shape}".encode() + data.tobytes()).hexdigest()}
@@ -192,6 +193,8 @@ def describe(value: Any) -> Any:
         return [describe(entry) for entry in value]
     if value is None or isinstance(value, str | int | float):
         return value
+    if hasattr(value, "state_dict"):
+        return {type(value).__name__: describe(value.state_dict())}
     raise TypeError(f"no description of a {type(value).__name__}")
 
 

@@ -5,7 +5,7 @@ All methods meet the same seeds: equal initial weights, data order and dropout m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,6 +140,7 @@ def evaluate(
     budget: Budget,
     store: Store,
     *,
+    learned: Mapping[str, Any] | None = None,
     workers: int = 2,
     device: str = "cpu",
     report: Callable[[float, float, str], None] = lambda done, total, name: None,
@@ -147,6 +148,7 @@ def evaluate(
     """Run what `store` does not hold yet, and gather all of it.
 
     Args:
+        learned: further methods of one trial (with `attach`), as from `agents.learned.load`.
         workers, device, report: as for `agents.cells.run_cells`.
 
     Raises:
@@ -155,11 +157,11 @@ def evaluate(
     named = labels(tasks)
     seeds = tuple(range(budget.seeds))
     own = {label: [Cell(task, WithPolicy(policy, record=True), seeds)] for label, task in named.items()}
-    methods = {**BASELINES, **ablations(policy)}
+    methods = {**BASELINES, **(learned or {}), **ablations(policy)}
     runs = {
         name: {label: _cells(task, method, seeds) for label, task in named.items()} for name, method in methods.items()
     }
-    banks = {label: _bank(task, budget.bank) for label, task in named.items()}
+    banks = {label: bank(task, budget.bank) for label, task in named.items()}
     budgets = {
         label: {m: _cells(scaled(task, horizon=m), Cosine("calibrated"), seeds) for m in budget.multiples}
         for label, task in named.items()
@@ -218,8 +220,8 @@ def _loaded(tree: Any, store: Store) -> Any:
     return [result for cell in tree for result in store.load(cell)]
 
 
-def _bank(task: Task, trials: int) -> list[Cell]:
-    """Trial i trains with seed i modulo the seeds of a full evaluation, whatever this one's are."""
+def bank(task: Task, trials: int) -> list[Cell]:
+    """Random search. Trial i trains with seed i modulo the seeds of a full evaluation, whatever this one's are."""
     chunks = [range(start, min(start + _CHUNK, trials)) for start in range(0, trials, _CHUNK)]
     return [
         Cell(task, RandomTrials(chunk.start, len(chunk)), tuple(trial % Budget.seeds for trial in chunk))

@@ -7,8 +7,8 @@ what a step costs later, so that the rates learned through it are too small (Wu 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ LEARNED: dict[str, Hyperparameter] = {
     "momentum": Hyperparameter("momentum", 0.01, 0.999, "logit"),
 }
 """What is learned, on its own scale; momentum is AdamW's first beta."""
+
+KIND = "learned-schedule"
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,21 @@ class LearnedSchedule:
         """Values of `LEARNED` at `progress`, 0..1 of the run."""
         found = self.scaled.double().numpy() @ hats(torch.tensor([progress]), len(self.lr))[:, 0].double().numpy()
         return {name: float(kind.from_scale(value)) for (name, kind), value in zip(LEARNED.items(), found, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kind": KIND, **asdict(self)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> LearnedSchedule:
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: not a schedule's.
+        """
+        values = {name: value for name, value in state.items() if name != "kind"}
+        if state.get("kind") != KIND or set(values) != {field.name for field in fields(cls)}:
+            raise ValueError(f"this is not the state of a {KIND}, but of {state.get('kind')!r}")
+        return cls(**values)
 
     def check(self, optimizer: str) -> None:
         """Raise a ValueError unless the values are for this optimizer."""

@@ -22,6 +22,9 @@ from .measures import LOSS_FLOOR, capped
 from .meta_features import meta_features
 from .schedules import Cosine
 
+SEARCHED = tuple(SEARCH_RANGES["adamw"])
+"""The hyperparameters that trials differ in; the same for every optimizer."""
+
 SEED = 1
 """Of the random search; the judge's banks have 0."""
 
@@ -52,7 +55,7 @@ class Studied:
 
     @cached_property
     def settings(self) -> Array:
-        """`[trials, controls]`, as `to_unit` gives them."""
+        """`[trials, searched]`, as `to_unit` gives them."""
         trials = sampled(self.task.optimizer, len(self.runs))
         return np.stack([to_unit(trial, self.task.optimizer) for trial in trials])
 
@@ -82,7 +85,7 @@ def sampled(optimizer: OptimizerName, count: int) -> list[BaseSchedule]:
 
 
 def to_unit(schedule: BaseSchedule, optimizer: OptimizerName) -> Array:
-    """A configuration's place in `SEARCH_RANGES`, `[controls]` in 0..1 (clipped); on a log scale but for dropout."""
+    """A configuration's place in `SEARCH_RANGES`, `[searched]` in 0..1 (clipped); on a log scale but for dropout."""
     place = []
     for name, (low, high) in SEARCH_RANGES[optimizer].items():
         value = getattr(schedule, name)

@@ -60,6 +60,8 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
         "speedup_at_an_end": float(np.mean([task["speedup_at_an_end"] for task in tasks.values()])),
     }
     against = {name: _against(evaluation, name) for name in methods}
+    for name, figures in against.items():
+        figures["rse_median"] = float(np.median([task["methods"][name]["rse"] for task in tasks.values()]))
     reference = against[REFERENCE]
     for measure in MEASURES:
         summary |= {f"{measure}_log_ratio_{end}": reference[f"{measure}_log_ratio_{end}"] for end in ("iqm", "ci")}
@@ -134,7 +136,7 @@ def _task(evaluation: Evaluation, label: str) -> dict[str, Any]:
         "speedup": speedups,
         "speedup_at_an_end": float(np.mean([value in (multiples[0], multiples[-1]) for value in speedups])),
         "calibrated_by_budget": {str(multiple): loss for multiple, loss in zip(multiples, curve, strict=True)},
-        "methods": {name: _method(runs[name], runs["policy"]) for name in runs},
+        "methods": {name: _method(runs[name], runs["policy"], bank) for name in runs},
         "random_search": {
             str(cost): {measure: float(values[cost - 1]) for measure, values in expected.items()} for cost in costs
         },
@@ -153,10 +155,11 @@ def _task(evaluation: Evaluation, label: str) -> dict[str, Any]:
     }
 
 
-def _method(runs: list[Run], policy: list[Run]) -> dict[str, Any]:
+def _method(runs: list[Run], policy: list[Run], bank: Array) -> dict[str, Any]:
     figures: dict[str, Any] = {
         measure: losses(runs, measure).tolist() for measure in ("val", "val_best", "test", "test_final")
     }
+    figures["rse"] = random_search_equivalents(bank, float(np.mean(figures["val"])))
     figures["seconds"] = float(np.mean([run.seconds for run in runs]))
     figures["lost"] = int(_lost(runs).sum())
     if runs is not policy:

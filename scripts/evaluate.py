@@ -7,11 +7,13 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from agents.cells import Store
 from agents.evaluation import BUDGETS, SPLITS, Budget, Evaluation, evaluate, scaled
+from agents.learned import load
 from agents.optional import require
 from agents.policy import ControlPolicy
 from agents.searches import publish
@@ -53,12 +55,16 @@ class Config(Quiet):
 
         python scripts/evaluate.py --policy runs/default/policy.safetensors --out runs/judged
         python scripts/evaluate.py --tasks concrete --seeds 2 --bank 16 --out runs/glance
+        python scripts/evaluate.py --learned runs/warm_start.safetensors runs/surrogate.safetensors --out runs/beside
     """
 
     out: Path
     """Folder for result.json, CSV, figures, tables, TensorBoard events and the Optuna studies."""
     policy: Path | None = None
     """Policy file; the one that ships with hyperpilot when left out."""
+    learned: tuple[Path, ...] = ()
+    """Files of other learned methods, to be judged beside: what measure_warm_start.py, measure_surrogate.py and
+    learn_schedule.py leave with --save."""
     split: Literal["meta-validation", "meta-validation-small", "meta-test"] = "meta-validation"
     """Which tasks: meta-test is run once per shipped policy, meta-validation decides between designs."""
     budget: Literal["quick", "full"] = "quick"
@@ -101,6 +107,9 @@ def main(config: Config) -> None:
     for package in ("matplotlib", "schedulefree", "prodigyopt", *(("optuna", "cmaes") if budget.searches else ())):
         require(package, extra="compare")  # rather now than after hours
     policy = ControlPolicy.load(config.policy or pretrained_path())
+    learned = dict(load(path) for path in config.learned)
+    for method, task in product(learned.values(), tasks):
+        method.check(task.optimizer)
     seen = sorted(datasets_of(tuple(tasks)) & datasets_of(META_TRAIN))
     if seen:
         console.print(f"note: {', '.join(seen)} may have been trained on: part of meta-train", soft_wrap=True)
@@ -113,6 +122,7 @@ def main(config: Config) -> None:
             tasks,
             budget,
             store,
+            learned=learned,
             workers=config.workers,
             device=config.device,
             report=lambda done, total, name: update(round(1000 * done / max(total, 1e-9)), name),
@@ -199,6 +209,8 @@ def _command(config: Config) -> str:
     options = [f"--{name} {value}" for name, value in given.items() if value is not None]
     if config.tasks:
         options.append(f"--tasks {' '.join(config.tasks)}")
+    if config.learned:
+        options.append(f"--learned {' '.join(path.name for path in config.learned)}")
     if config.policy:
         options.append(f"--policy {config.policy.name}")
     return " ".join(["python scripts/evaluate.py", *options, "--out runs/evaluation"])

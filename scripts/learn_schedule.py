@@ -22,6 +22,7 @@ from agents.measures import capped, expected_at_best, interquartile_mean, log_ra
 from agents.optional import require
 from agents.provenance import provenance
 from agents.schedules import Cosine
+from agents.state_file import save_state
 from agents.unrolled import Problem
 from hpo_env.base_schedules import calibrated
 from hpo_env.hyperparameters import Array
@@ -73,6 +74,8 @@ class Config(Quiet):
     """Write all figures to this file."""
     markdown: Path | None = None
     """Write the table to this file."""
+    save: Path | None = None
+    """Write the schedule learned with the last window to this file, for scripts/evaluate.py --learned."""
     figure: Path | None = None
     """Write the figure to this file (PNG)."""
 
@@ -137,6 +140,8 @@ def main(config: Config) -> None:
     console.print(sheet.to_rich())
     if config.markdown:
         write_atomically(config.markdown, f"{sheet.body()}\n".encode())
+    if config.save:
+        save_state(config.save, learned[last].schedule.state_dict())
     if config.figure:
         save({config.figure.stem: figure(names, rows)}, config.figure.parent)
     if config.json:

@@ -58,10 +58,18 @@ SETTINGS: dict[str, str] = {
 }
 """How each method of one trial is set up, in a line."""
 
+LEARNED: dict[str, str] = {
+    "warm-start": "the trial that did best on the nearest tasks of meta-train, warm-up and cosine decay",
+    "surrogate": "the configuration with the best score predicted from the task's meta-features, warm-up and cosine "
+    "decay",
+    "learned-schedule": "a schedule learned by hypergradients; the calibrated batch size and dropout",
+}
+
 _VARIANTS = ("replay-same-task", "without-guard", "with-initial-loss", "length-not-told")
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "one trial": tuple(BASELINES),
+    "one trial, learned on meta-train": tuple(LEARNED),
     "controls that must lose": tuple(name for name in SETTINGS if name not in (*BASELINES, *_VARIANTS)),
     "variants, which may tie": _VARIANTS,
 }
@@ -228,7 +236,8 @@ def _against(result: Mapping[str, Any], measures: tuple[str, ...]) -> Sheet:
     against = result["summary"]["against"]
 
     def row(name: str) -> list[str]:
-        figures, cells = against[name], [name]
+        figures = against[name]
+        cells = [name, f"{figures['rse_median']:g}"]
         for measure in measures:
             prefix = "" if measure == "val" else f"{measure}_"
             cells += [_of(figures, f"{measure}_log_ratio"), _share(figures[f"{prefix}win_rate"])]
@@ -236,7 +245,7 @@ def _against(result: Mapping[str, Any], measures: tuple[str, ...]) -> Sheet:
         return cells
 
     names = [{"val_best": "best val", "test_final": "final test"}.get(measure, measure) for measure in measures]
-    head = ("method", *(f"{name} {kind}" for name in names for kind in ("log ratio", "wins", "worst")))
+    head = ("method", "RSE", *(f"{name} {kind}" for name in names for kind in ("log ratio", "wins", "worst")))
     groups = {group: [row(name) for name in members] for group, members in grouped(against).items()}
     title = f"policy against each method: {n_runs(result)}; above 0: the policy is better; worst: the worst decile"
     return Sheet(title, head, groups)
@@ -303,7 +312,7 @@ def _bank(task: Mapping[str, Any]) -> str:
 def _settings(result: Mapping[str, Any]) -> list[str]:
     known: dict[str, str] = {"random": _RANDOM, **population_based.SETTINGS}
     known |= {str(name): setting for name, setting in searches.SETTINGS.items()}
-    methods = {name: SETTINGS.get(name, "") for name in result["summary"]["against"]}
+    methods = {name: (SETTINGS | LEARNED).get(name, "") for name in result["summary"]["against"]}
     methods |= {name: known.get(name, "") for name in result["summary"]["against_searches"]}
     values = {
         kind: {optimizer: of(optimizer) for optimizer in DEFAULTS}

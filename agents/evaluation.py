@@ -148,7 +148,7 @@ def evaluate(
     """Run what `store` does not hold yet, and gather all of it.
 
     Args:
-        learned: further methods of one trial (with `attach`), as from `agents.learned.load`.
+        learned: further methods of one trial (with `attach`), as from `agents.learned.read`.
         workers, device, report: as for `agents.cells.run_cells`.
 
     Raises:

@@ -14,7 +14,7 @@ KINDS: dict[str, Any] = {"warm-start": WarmStart, "surrogate": Surrogate, "learn
 """The entry `kind` of a file's state -> what it holds."""
 
 
-def load(path: Path) -> tuple[str, Any]:
+def read(path: Path) -> tuple[str, Any]:
     """The name of a method, and the method.
 
     Raises:

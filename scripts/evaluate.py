@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from agents.cells import Store
 from agents.evaluation import BUDGETS, SPLITS, Budget, Evaluation, evaluate, scaled
-from agents.learned import load
+from agents.learned import read
 from agents.optional import require
 from agents.policy import ControlPolicy
 from agents.searches import publish
@@ -107,7 +107,7 @@ def main(config: Config) -> None:
     for package in ("matplotlib", "schedulefree", "prodigyopt", *(("optuna", "cmaes") if budget.searches else ())):
         require(package, extra="compare")  # rather now than after hours
     policy = ControlPolicy.load(config.policy or pretrained_path())
-    learned = dict(load(path) for path in config.learned)
+    learned = dict(read(path) for path in config.learned)
     for method, task in product(learned.values(), tasks):
         method.check(task.optimizer)
     seen = sorted(datasets_of(tuple(tasks)) & datasets_of(META_TRAIN))

@@ -22,9 +22,6 @@ from .measures import LOSS_FLOOR, capped
 from .meta_features import meta_features
 from .schedules import Cosine
 
-SEARCHED = tuple(SEARCH_RANGES["adamw"])
-"""The hyperparameters that trials differ in; the same for every optimizer."""
-
 SEED = 1
 """Of the random search; the judge's banks have 0."""
 

@@ -113,15 +113,20 @@ class OptunaSearch:
         name: one of `SEARCHES`; what it stands for is in `SETTINGS`.
         budget: what a study may spend, in full runs. A grid ends where its points do.
         slots: workers a study: trials that train at the same time.
+        first: configurations to begin with, a warm start; their values are clipped to the ranges. The sampler learns
+            from them as from trials of its own. Not for grids.
     """
 
     name: SearchName
     budget: int
     slots: int = 4
+    first: tuple[BaseSchedule, ...] = ()
 
     def __post_init__(self) -> None:
         if self.name not in SEARCHES:
             raise ValueError(unknown("search", self.name, SEARCHES))
+        if self.first and "grid" in self.name:
+            raise ValueError(f"a {self.name} takes no first configurations; a sampler such as tpe does")
         for name in ("budget", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -264,6 +269,9 @@ class _Study:
             sampler=_sampler(optuna, search.name, levels, seed),
             pruner=pruner or optuna.pruners.NopPruner(),
         )
+        for schedule in search.first:
+            values = {name: np.clip(getattr(schedule, name), d.low, d.high) for name, d in self._space.items()}
+            self._study.enqueue_trial({name: float(value) for name, value in values.items()})
         self._left = search.budget * task.horizon  # neither spent nor promised to a trial that runs
         self._spent = 0
         self._cost: list[float] = []

@@ -23,9 +23,10 @@ from inner_models.names import unknown
 from inner_models.tasks import Task
 
 from .application import Cohort, Controller, Runs
+from .calibration import SEARCHED
 from .controllers import WithPolicy
 from .learned_distance import Learning, learn_weights
-from .meta_dataset import SEARCHED, Studied, from_unit
+from .meta_dataset import Studied, from_unit
 from .meta_features import meta_features
 from .policy import ControlPolicy
 from .schedules import Listed

@@ -21,6 +21,7 @@ HARMLESS = {
     "Trajectory.load": "JSON: see agents/trajectory.py",
     "scripts.examples.plain_pytorch.load": "a function that makes a data set",
     "safetensors.torch.load": "bytes of tensors",
+    "Proposer.load": "a state file: see agents/state_file.py",
     "store.load": "finished cells, as JSON",
     "spec.load": "a function that makes a data set",
     "self.state.telemetry.load": "arrays that are there",

@@ -20,7 +20,7 @@ from agents.meta_features import meta_features
 from agents.state_file import load_state, save_state
 from agents.warm_start import METRICS, Beginning, Metric, PolicyWarmStart, WarmStart
 from hpo_env.base_schedules import BaseSchedule
-from hpo_env.hyperparameters import CONTROLS, Array
+from hpo_env.hyperparameters import Array
 from inner_models.models import ModelSpec
 from inner_models.tasks import OptimizerName, Task
 from tests.fabricated import runs

@@ -35,7 +35,7 @@ PARTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 SUBSETS = 2
 """Sets of candidates that are compared at each of them: all, and random ones, likelier the better half."""
 
-FIT = Fit(hidden=32, steps=500, weight_decay=1.0, noise=0.3)
+FIT = Fit(hidden=64, steps=1500, noise=0.1)
 
 _GAP = 2.0
 """Largest ln(validation / training loss)."""

@@ -60,13 +60,13 @@ class Config(Quiet):
     """Learn on meta-train to foretell final losses, and choose models for meta-validation's data sets with it.
 
     Prints, for each way to choose, what is lost by it against the best candidate, and what it costs. Needs the extras
-    `compare` (figure) and `data`. Takes some ten minutes on 2 cores; runs are kept in the cache.
+    `compare` (figure) and `data`. Takes some five minutes on 2 cores; runs are kept in the cache.
 
         python scripts/choose_architecture.py --json results/architecture_choice.json
     """
 
-    tasks: int = 40
-    """Data sets of meta-train to learn from, a menu of models each."""
+    tasks: int = 144
+    """Of meta-train, to learn from, with a menu of models each; there are 72 data sets."""
     trials: int = 2
     """Runs of each model there."""
     datasets: tuple[str, ...] = ()

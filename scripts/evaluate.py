@@ -63,8 +63,8 @@ class Config(Quiet):
     policy: Path | None = None
     """Policy file; the one that ships with hyperpilot when left out."""
     learned: tuple[Path, ...] = ()
-    """Files of other learned methods, to be judged beside: what measure_warm_start.py, measure_surrogate.py and
-    learn_schedule.py leave with --save."""
+    """Files of other learned methods, to be judged beside: what measure_warm_start.py and learn_schedule.py
+    leave with --save, and measure_surrogate.py with --out."""
     split: Literal["meta-validation", "meta-validation-small", "meta-test"] = "meta-validation"
     """Which tasks: meta-test is run once per shipped policy, meta-validation decides between designs."""
     budget: Literal["quick", "full"] = "quick"

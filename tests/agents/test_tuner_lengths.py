@@ -116,14 +116,15 @@ def test_the_distance_moved_is_the_stretchs() -> None:
     run = Loop()
     tuner = long_tuner(run, constant_policy(), guard=False)
     for _ in range(3):
+        start = [parameter.detach().clone() for parameter in run.model.parameters()]
         run.optimizer.zero_grad()
         for parameter in run.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         run.optimizer.step()  # so that the meter counts a step
         with torch.no_grad():
             size = math.sqrt(sum(float(p.square().sum()) for p in run.model.parameters()))
-            for parameter in run.model.parameters():
-                parameter.copy_(tuner._meter._start[parameter] * 1.1)
+            for parameter, before in zip(run.model.parameters(), start, strict=True):
+                parameter.copy_(before * 1.1)
         tuner.step(train_loss=1.0, val_loss=1.0)
     assert size > 0
     assert features(tuner)["update_ratio"] == pytest.approx(math.log10(math.sqrt(3) * 0.1 / 1.1) + 1, rel=1e-4)

@@ -58,7 +58,7 @@ def test_bad_input_is_one_line(door: Door, tmp_path: Path, monkeypatch: pytest.M
     one_line(door(measure_trainers, *arguments, "--markdown", page, status=2), "no place for the figures")
 
     def missing(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}")
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
     error = door(measure_trainers, *arguments, "--trainers", "lightning", status=2)

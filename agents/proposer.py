@@ -209,8 +209,10 @@ class Proposer(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Raises:
-        ValueError: the file is damaged, or not a proposer.
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged, or not a proposer.
         """
         state = load_state(path)
         if state.get("kind") != KIND:

@@ -191,8 +191,10 @@ class Surrogate:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Raises:
-        ValueError: the file is damaged, or not a surrogate.
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged, or not a surrogate.
         """
         return cls.from_state_dict(load_state(path))
 

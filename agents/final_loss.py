@@ -28,6 +28,7 @@ from .ensemble import Ensemble, Fit
 from .measures import LOSS_FLOOR, capped
 
 UNIT = 0.1
+"""Of ln losses, in deficits."""
 
 PARTS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Of a run, after which it is learned what is to come."""
@@ -113,17 +114,13 @@ class FinalLoss:
         Raises:
             ValueError: of fewer data sets than the ensemble has members.
         """
-        examples = list(_examples(trained, np.random.default_rng(config.seed)))
-        datasets = np.concatenate([np.repeat(example.dataset, len(example.final)) for example in examples])
-        if (count := len(np.unique(datasets))) < config.members:
+        count = len({one.tasks[0].dataset for one in trained})
+        if count < config.members:
             raise ValueError(f"final losses are learned from {config.members} data sets or more, not {count}")
-        inputs, targets = (
-            np.concatenate(column)
-            for column in zip(
-                *((e.inputs, (e.final - e.present) / e.left) for e in examples),
-                strict=True,
-            )
-        )
+        examples = list(_examples(trained, np.random.default_rng(config.seed)))
+        inputs = np.concatenate([example.inputs for example in examples])
+        targets = np.concatenate([(example.final - example.present) / example.left for example in examples])
+        datasets = np.concatenate([np.repeat(example.dataset, len(example.final)) for example in examples])
         return cls(Ensemble.fit(inputs, targets, datasets, config))
 
     def predict(self, tasks: Sequence[Task], curves: Sequence[Curve]) -> Array:

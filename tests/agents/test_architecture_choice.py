@@ -252,3 +252,5 @@ def test_what_is_done_needs_no_prediction() -> None:
 def test_a_prediction_needs_data_sets() -> None:
     with pytest.raises(ValueError, match="learned from 5 data sets or more, not 2"):
         FinalLoss.fit(overtaking(NAMES[:2]))
+    with pytest.raises(ValueError, match="not 0"):
+        FinalLoss.fit([])

@@ -18,14 +18,12 @@ from hpo_env.observations import FEATURES
 
 from . import policy_file
 from .files import write_atomically
-from .policy_file import PolicyError, PolicyHeader
+from .policy_file import CONSTANT, PolicyError, PolicyHeader
 from .untrusted import read_regular, shown
 
-__all__ = ["OBSERVATION_CLIP", "ControlPolicy", "PolicyError", "PolicyHeader"]
+__all__ = ["CONSTANT", "OBSERVATION_CLIP", "ControlPolicy", "PolicyError", "PolicyHeader"]
 
 OBSERVATION_CLIP = 5.0
-CONSTANT = 1e-3
-"""A feature whose range in meta-training is no wider than this never varied there."""
 _FEATURES, _CONTROLS = [feature.name for feature in FEATURES], list(CONTROLS)
 _LARGEST_WEIGHT = 1e6
 """Far above what training gives, and small enough that no activation overflows."""
@@ -68,28 +66,27 @@ class ControlPolicy(nn.Module):
         return result
 
     @cached_property
-    def _read(self) -> list[int]:
-        return [_FEATURES.index(name) for name in self.header.features]
+    def _read(self) -> Tensor:
+        return torch.tensor([_FEATURES.index(name) for name in self.header.features])
 
     @cached_property
-    def _moved(self) -> list[int]:
-        return [_CONTROLS.index(name) for name in self.header.controls]
+    def _moved(self) -> Tensor:
+        return torch.tensor([_CONTROLS.index(name) for name in self.header.controls])
 
     def means(self, observation: Tensor) -> Tensor:
         """Whole observations `[..., features]` to `[..., controls in the header]`, not yet clipped to -1..1."""
-        return self._unclipped(observation[..., self._read])
+        return self._unclipped(observation.index_select(-1, self._read))
 
     def on_all_controls(self, actions: Tensor) -> Tensor:
         """`[..., controls in the header]` to `[..., controls]`: the policy stays on those that it does not know."""
         result = actions.new_zeros(*actions.shape[:-1], len(_CONTROLS))
-        result[..., self._moved] = actions
-        return result
+        return result.index_copy_(-1, self._moved, actions)
 
     @property
     def typical(self) -> NDArray[np.float32]:
         """The mean of every feature in meta-training, `[features]`; 0 for those that the policy does not know."""
         means = np.zeros(len(_FEATURES), np.float32)
-        means[self._read] = self.mean.numpy()
+        means[self._read.numpy()] = self.mean.numpy()
         return means
 
     @torch.inference_mode()
@@ -115,12 +112,9 @@ class ControlPolicy(nn.Module):
         Args:
             observation: `[runs, features]`.
         """
-        ranges = self.header.trained_ranges
-        varied = {name: pair for name, pair in ranges.items() if pair[1] - pair[0] > CONSTANT}
-        known = [index for index, name in enumerate(_FEATURES) if name in varied]
-        low, high = np.array([varied[_FEATURES[index]] for index in known]).reshape(-1, 2).T
-        seen, width = observation[:, known], high - low
-        return np.asarray(((seen < low - width) | (seen > high + width)).any(axis=1))
+        known, lowest, highest = self.header.limits
+        seen = observation[:, known]
+        return np.asarray(((seen < lowest) | (seen > highest)).any(axis=1))
 
     @property
     def digest(self) -> str:

@@ -11,10 +11,13 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from reprlib import repr as short
 from typing import Any, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
@@ -23,11 +26,14 @@ from torch import Tensor
 from hpo_env.actions import RANGES
 from hpo_env.base_schedules import REGULARIZERS, BaseRule
 from hpo_env.hyperparameters import CONTROLS
-from hpo_env.observations import features_of
+from hpo_env.observations import FEATURES, features_of
 from inner_models.signals import SIGNALS
 from inner_models.tasks import OptimizerName
 
 from .untrusted import Check, anything, integer, items, number, one_of, read_json, table, text
+
+CONSTANT = 1e-3
+"""A feature whose range in meta-training is no wider than this never varied there."""
 
 FORMAT = "hyperpilot-policy"
 FORMAT_VERSION = 2
@@ -73,6 +79,15 @@ class PolicyHeader:
 
     def base_rule(self, optimizer_kind: str) -> BaseRule:
         return BaseRule.from_dict(self.base_rules[optimizer_kind])
+
+    @cached_property
+    def limits(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+        """Of the features that varied in meta-training: their places in an observation, and how low and how high a
+        value may be before the policy is out of its depth."""
+        varied = {name: pair for name, pair in self.trained_ranges.items() if pair[1] - pair[0] > CONSTANT}
+        known = [index for index, feature in enumerate(FEATURES) if feature.name in varied]
+        low, high = np.array([varied[FEATURES[index].name] for index in known]).reshape(-1, 2).T
+        return np.array(known, np.int64), 2 * low - high, 2 * high - low
 
 
 def _warmup(where: str, value: Any) -> None:

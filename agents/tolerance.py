@@ -47,11 +47,11 @@ class TolerantMeter(GradientMeter):
         """As in `GradientMeter`; without a copy of the parameters where that fails."""
         with self._notices.surviving(_MEASURING):
             return super().begin()
-        self._start = NOTHING
+        self._began = NOTHING
 
     def finish(self) -> dict[str, float]:
         """As in `GradientMeter`; nothing where that fails."""
-        measured, idle = bool(self._products), not self.steps
+        measured, idle = bool(self._measured), not self.steps
         if idle and self._trained:
             self._notices.tell("idle", "no optimizer step since the last epoch: is step called more often?")
         self._trained = self._trained or not idle

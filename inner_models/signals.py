@@ -56,38 +56,39 @@ class GradientMeter:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._sample = self._began = NOTHING
         self.begin()
 
     @torch.no_grad()
     def begin(self) -> None:
         """Forget what was measured and start an interval here."""
         self._steps = 0
-        self._products: list[Tensor] = []  # of each measured step: gradient^2, momentum^2, gradient * momentum
-        self._with_cosine: list[bool] = []
+        self._measured: list[_Measured] = []
         parameters = self._parameters()
-        total = sum(p.numel() for p in parameters)
-        stride = max(1, -(-total // SAMPLED))
-        self._rows = {p: _rows(p.shape, stride) for p in parameters} if stride > 1 else {}
-        samples = [self._sample(p, p) for p in parameters]
-        sizes = [sample.numel() for sample in samples]
-        self._scale = total / max(1, sum(sizes))
-        self._start = _Snapshot([_Known(p, p.device, p.dtype, p.shape) for p in parameters], sizes, _flat(samples))
+        if not self._sample.is_of(parameters):
+            self._sample = _Sample(parameters)
+        self._began = self._sample
+        self._began.start()
 
     @torch.no_grad()
     def finish(self) -> dict[str, float]:
         """Return the interval's `grad_norm`, `grad_norm_std`, `grad_cosine` and `update_ratio`, and start the next."""
-        products = torch.stack(self._products).tolist() if self._products else []
-        taken = [pair for pair in zip(products, self._with_cosine, strict=True) if pair[0][0] != _LEFT_OUT]
-        norms = [math.sqrt(self._scale * gg) for (gg, _, _), _ in taken]
-        cosines = [gm / max(math.sqrt(gg) * math.sqrt(mm), 1e-12) for (gg, mm, gm), measured in taken if measured]
+        taken = []
+        if self._measured:
+            products = torch.stack([step.products for step in self._measured]).flatten(1).tolist()
+            taken = [pair for pair in zip(products, self._measured, strict=True) if pair[0][0] != _LEFT_OUT]
+        norms = [math.sqrt(step.scale * gg) for (gg, *_), step in taken]
+        cosines = [
+            gm / max(math.sqrt(gg) * math.sqrt(mm), 1e-12) for (gg, gm, _, mm), step in taken if step.with_cosine
+        ]
         mean = _mean(norms)
-        before = self._start
+        moved = self._began.moved(self._parameters())
         self.begin()
         return {
             "grad_norm": mean,
             "grad_norm_std": math.sqrt(_mean([(norm - mean) * (norm - mean) for norm in norms])),
             "grad_cosine": _mean(cosines),
-            "update_ratio": _moved(before, self._start),
+            "update_ratio": moved,
         }
 
     @property
@@ -102,19 +103,16 @@ class GradientMeter:
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
 
-    def _sample(self, parameter: Tensor, values: Tensor) -> Tensor:
-        """Of `values`, shaped like `parameter`, those that are looked at."""
-        return values[self._rows[parameter]] if parameter in self._rows else values
-
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         measured = self._steps % MEASURE_EVERY == 0
         self._steps += 1
+        if not measured:
+            return None
         closures = [argument for argument in (*args, *kwargs.values()) if callable(argument)]
-        if measured and not closures:
+        if not closures:
             self._measure(optimizer)
-        if not measured or not closures:
             return None
         closure, pending = closures[0], True
 
@@ -131,23 +129,102 @@ class GradientMeter:
 
     @torch.no_grad()
     def _measure(self, optimizer: torch.optim.Optimizer) -> None:
-        known = {p: p.grad for p in self._parameters() if p.grad is not None}
-        if not known or any(gradient.is_sparse for gradient in known.values()):
+        parameters = self._parameters()
+        gradients = [p.grad for p in parameters]
+        if all(g is None for g in gradients) or any(g is not None and g.is_sparse for g in gradients):
             return
-        gradient = _flat([self._sample(p, gradient) for p, gradient in known.items()])
-        momenta = [self._sample(p, momentum) for p in known if (momentum := momentum_of(optimizer, p)) is not None]
-        complete = len(momenta) == len(known)
-        momentum = _flat(momenta).to(gradient) if complete else torch.zeros_like(gradient)
+        if not self._sample.is_of(parameters):
+            self._sample = _Sample(parameters)
+        momenta = [None if p.grad is None else momentum_of(optimizer, p) for p in parameters]
+        complete = all(g is None or m is not None for g, m in zip(gradients, momenta, strict=True))
+        gradient = self._sample.fill(0, gradients)
+        self._sample.fill(1, momenta if complete else [None] * len(momenta))
         # A fused optimizer under a GradScaler undoes the scale, or leaves out the step, itself, inside its step.
         scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if scale is not None:
             gradient /= scale.to(gradient)
-        pairs = ((gradient, gradient), (momentum, momentum), (gradient, momentum))
-        self._products.append(torch.stack([torch.vdot(*pair).real for pair in pairs]))
+        products = self._sample.products()
         if overflow is not None:
-            self._products[-1].masked_fill_(overflow.to(gradient.device) > 0, _LEFT_OUT)
+            products.masked_fill_(overflow.to(gradient.device) > 0, _LEFT_OUT)
         # In the run's first step there is no momentum yet: the cosine is 0.
-        self._with_cosine.append(complete or not optimizer.state)
+        self._measured.append(_Measured(products, self._sample.scale, complete or not optimizer.state))
+
+
+class _Measured(NamedTuple):
+    """A step's products of the sampled gradient and momentum, `[2, 2]`; parameters for each entry of the sample; and
+    whether the momentum counts."""
+
+    products: Tensor
+    scale: float
+    with_cosine: bool
+
+
+class _Sample:
+    """The entries that are looked at of some parameters, as rows of one tensor: a gradient's, its momentum's, and the
+    parameters' own at the interval's start. All entries of a model of up to `SAMPLED` parameters.
+
+    Attributes:
+        scale: parameters for each entry.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._known = [_Known(p, p.device, p.dtype, p.shape) for p in parameters]
+        total = sum(p.numel() for p in parameters)
+        stride = max(1, -(-total // SAMPLED))
+        self._slices = [_rows(p.shape, stride) if stride > 1 else None for p in parameters]
+        parts = [_entries(p, at) for p, at in zip(parameters, self._slices, strict=True)]
+        self.size = sum(part.numel() for part in parts)
+        self.scale = sum(_entries(p, None).numel() for p in parameters) / max(1, self.size)
+        dtype = torch.promote_types(parts[0].dtype, torch.float32) if parts else torch.float32
+        self._rows = torch.zeros(3, self.size, dtype=dtype, device=parts[0].device if parts else "cpu")
+        split = [row.split([part.numel() for part in parts]) for row in self._rows] if parts else []
+        self._places = [[x.view(part.shape) for x, part in zip(row, parts, strict=True)] for row in split]
+
+    def is_of(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether it is of these parameters, neither moved nor converted since."""
+        return len(parameters) == len(self._known) and all(map(_Known.is_still, self._known, parameters))
+
+    def fill(self, row: int, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Copy the entries of tensors shaped like the parameters into a row, zeros in place of what is None.
+
+        Returns:
+            The row.
+        """
+        if self._places:
+            for place, at, tensor in zip(self._places[row], self._slices, tensors, strict=True):
+                if tensor is None:
+                    place.zero_()
+                else:
+                    place.copy_(_entries(tensor, at))
+        return self._rows[row]
+
+    def products(self) -> Tensor:
+        """Of gradient and momentum with one another, `[2, 2]`."""
+        return self._rows[:2] @ self._rows[:2].T
+
+    def start(self) -> None:
+        """Remember the parameters as they are."""
+        self.fill(2, [known.parameter for known in self._known])
+
+    def moved(self, parameters: Sequence[Tensor]) -> float:
+        """Distance from the start over the norm now, of the parameters that are still among `parameters`, neither moved
+        nor converted; NaN where there are none."""
+        given = set(map(id, parameters))
+        there = [id(known.parameter) in given and known.is_still(known.parameter) for known in self._known]
+        if not any(there) or not self.size:
+            return math.nan
+        now = self.fill(
+            0, [known.parameter if still else None for known, still in zip(self._known, there, strict=True)]
+        )
+        if not all(there):
+            for place, still in zip(self._places[2], there, strict=True):
+                place.mul_(still)
+        distance, size = (float(torch.linalg.vector_norm(row)) for row in (now - self._rows[2], now))
+        return distance / max(size, 1e-12)
+
+
+NOTHING = _Sample([])
+"""A sample of no parameters, with which nothing can be compared."""
 
 
 def _mean(values: list[float]) -> float:
@@ -162,53 +239,20 @@ def _rows(shape: torch.Size, stride: int) -> tuple[slice, ...]:
     return (slice(None),) * dim + (slice(None, None, stride),)
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All elements in one copy, on the first tensor's device; in single precision at least."""
-    if not tensors:
-        return torch.empty(0)
-    device, dtype = tensors[0].device, torch.promote_types(tensors[0].dtype, torch.float32)
-    flat = [tensor.flatten() for tensor in tensors]
-    return torch.cat(
-        [part if (part.device, part.dtype) == (device, dtype) else part.to(device, dtype) for part in flat]
-    )
+def _entries(tensor: Tensor, at: tuple[slice, ...] | None) -> Tensor:
+    """Those of a tensor that are looked at, all where None; of a complex one, the real and the imaginary parts."""
+    seen = tensor if at is None else tensor[at]
+    return torch.view_as_real(seen) if seen.is_complex() else seen
 
 
 class _Known(NamedTuple):
-    """A parameter, and what it was when it was looked at. Equal to itself alone."""
+    """A parameter, and what it was when it was looked at."""
 
     parameter: Tensor
     device: torch.device
     dtype: torch.dtype
     shape: torch.Size
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Known) and self.parameter is other.parameter and self[1:] == other[1:]
-
-    def __hash__(self) -> int:
-        return id(self.parameter)
-
-
-class _Snapshot(NamedTuple):
-    """What was looked at of the parameters, `sizes` of each, one after the other in `values`."""
-
-    known: list[_Known]
-    sizes: list[int]
-    values: Tensor
-
-
-NOTHING = _Snapshot([], [], torch.empty(0))
-"""A snapshot that nothing can be compared with."""
-
-
-def _moved(before: _Snapshot, after: _Snapshot) -> float:
-    """Distance over norm at the end, of the parameters that were there all the time, neither moved nor converted."""
-    start, end = before.values, after.values
-    if before[:2] != after[:2]:
-        parts = dict(zip(zip(before.known, before.sizes, strict=True), torch.split(start, before.sizes), strict=True))
-        there = zip(zip(after.known, after.sizes, strict=True), torch.split(end, after.sizes), strict=True)
-        pairs = [(parts[key], part) for key, part in there if key in parts]
-        start, end = _flat([pair[0] for pair in pairs]), _flat([pair[1] for pair in pairs])
-    if not len(end):
-        return math.nan
-    distance, size = (float(torch.linalg.vector_norm(x)) for x in (end - start, end))
-    return distance / max(size, 1e-12)
+    def is_still(self, other: Tensor) -> bool:
+        """Whether `other` is the parameter, and as it was."""
+        return other is self.parameter and (other.device, other.dtype, other.shape) == self[1:]

@@ -179,7 +179,7 @@ def test_nothing_is_read_between_decisions(name: str, caplog: pytest.LogCaptureF
     optimizer = OPTIMIZERS[name](model.parameters())
     tuner = Tuner(random_policy(), optimizer, model=model, total_epochs=3, guard=False)
     optimizer_steps(model, optimizer)
-    assert [products.is_meta for products in tuner._meter._products] == [True] * 3
+    assert [step.products.is_meta for step in tuner._meter._measured] == [True] * 3
     assert not caplog.records  # a failure to measure would have been logged
     tuner.step(train_loss=1.0, val_loss=1.0)
     assert "meta" in caplog.text

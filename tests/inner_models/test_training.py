@@ -278,7 +278,7 @@ def test_gradient_meter_looks_at_a_part_of_large_models(width: int) -> None:
                 cosines.append(torch.cosine_similarity(gradient, torch.cat(momentum), dim=0).item())
         optimizer.step()
     end = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    looked_at = len(meter._start.values)
+    looked_at = meter._sample.size
     assert looked_at == total if total <= SAMPLED else SAMPLED / 2 < looked_at < 1.2 * SAMPLED < total
     tolerance = 1e-5 if looked_at == total else 0.02
     signals = meter.finish()

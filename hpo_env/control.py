@@ -179,7 +179,10 @@ class ControlLoop:
             for name, value in names.items():
                 self._fixed[row, _INDEX[name]] = value
         state.available[rows] = np.isnan(self._fixed[rows])
+        in_use = state.values
         self._rebase()
+        others = np.setdiff1d(np.arange(len(in_use)), rows)
+        state.values[others] = in_use[others]  # those of the interval just trained, until the next decision
 
     def tell_examples(self, examples: float) -> bool:
         """The training examples of a whole run, for the runs where they were not known: their base follows.
@@ -188,10 +191,11 @@ class ControlLoop:
             Whether there were such runs.
         """
         unknown = np.isnan(self.state.examples)
-        if unknown.any():
-            self.state.examples[unknown] = examples
-            self._rebase()
-        return bool(unknown.any())
+        if not unknown.any():
+            return False
+        self.state.examples[unknown] = examples
+        self._rebase()
+        return True
 
     def observe(self) -> NDArray[np.float32]:
         """Observations, `[runs, features]`."""

@@ -156,8 +156,7 @@ def drawn_actions(seed: int, steps: int, lost: float = 0.0) -> list[Batch]:
     """Actions for some steps. The learning rate is moved down as far as it goes, which keeps a run, but for a share
     `lost`, which may begin (and thus end) one at the base schedule's."""
     rng = np.random.default_rng(seed)
-    actions = rng.uniform(-1.2, 1.2, (steps, COUNT, 4)).astype(np.float32)
-    actions = np.concatenate([actions, actions[..., : WIDE - 4]], axis=2)
+    actions = rng.uniform(-1.2, 1.2, (steps, COUNT, WIDE)).astype(np.float32)
     actions[:, :, 0] = np.where(rng.random((steps, COUNT)) < lost, 0, -1)
     return list(actions)
 

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from hpo_env.actions import apply_offsets
-from hpo_env.base_schedules import BaseRule, calibrated
+from hpo_env.base_schedules import BaseRule, BaseSchedule, calibrated
 from hpo_env.control import ControlLoop, Intervals
 from hpo_env.hyperparameters import CONTROLS, Array
 from hpo_env.observations import FEATURES
 from inner_models.training import Training
 
-from .application import Cohort, Controller, MakeController
+from .application import Cohort, Controller, MakeController, Run
 from .policy import ControlPolicy
 from .tuner import Tuner
 from .watch import LOWERED, Watch
@@ -115,10 +115,7 @@ class Attached:
         self._method, self._cohort = method, cohort
         task = cohort.task
         rule = method.policy.header.base_rule(task.optimizer)
-        given = None
-        if method.start == "given":
-            given = calibrated(task.optimizer)
-            given = replace(given, lr=given.lr * method.lr_factor)
+        given = _given(task.optimizer, method.lr_factor) if method.start == "given" else None
         self._base = given or rule.schedule(cohort.examples, cohort.parameters)
         self._intervals = Intervals(task.horizon)
         self._loop = ControlLoop(
@@ -207,6 +204,12 @@ class Attached:
 GRID = 64
 
 
+def _given(optimizer: str, lr_factor: float) -> BaseSchedule:
+    """The calibrated values as the user's own, their learning rate off by a factor."""
+    schedule = calibrated(optimizer)
+    return replace(schedule, lr=schedule.lr * lr_factor)
+
+
 @dataclass(frozen=True)
 class Replay:
     """A policy's mean trajectory, open-loop; offsets of 0 are the base rule's schedule.
@@ -215,10 +218,12 @@ class Replay:
         rules: the base rule of each optimizer.
         offsets: `[runs, GRID, controls]` (or `[1, ...]` for all runs alike), in scale units, at the middles of `GRID`
             equal parts of the run.
+        lr_factor: deviate from the calibrated values instead, with this factor on their learning rate.
     """
 
     rules: Mapping[str, Mapping[str, Any]]
     offsets: Array
+    lr_factor: float | None = None
 
     def attach(self, cohort: Cohort) -> Controller:
         return _Replayed(self, cohort)
@@ -229,6 +234,8 @@ class _Replayed:
         self._horizon = cohort.task.horizon
         rule = BaseRule.from_dict(replay.rules[cohort.task.optimizer])
         self._base = rule.schedule(cohort.examples, cohort.parameters)
+        if replay.lr_factor is not None:
+            self._base = _given(cohort.task.optimizer, replay.lr_factor)
         progress = (np.arange(self._horizon) + 0.5) / self._horizon
         offsets = np.stack([resampled(run, progress) for run in replay.offsets])
         self._offsets = np.broadcast_to(offsets, (cohort.runs, *offsets.shape[1:]))
@@ -254,3 +261,10 @@ def mean_trajectory(trajectories: Sequence[Array]) -> Array:
     """Mean of trajectories of any lengths, `[GRID, controls]`."""
     progress = (np.arange(GRID) + 0.5) / GRID
     return np.asarray(np.mean([resampled(trajectory, progress) for trajectory in trajectories], axis=0))
+
+
+def of_the_others(runs: Sequence[Run]) -> Array:
+    """For each of several runs that were recorded, the mean trajectory of the others, `[runs, GRID, controls]`."""
+    trajectories = [np.array(run.notes["offsets"]) for run in runs]
+    rest = [[*trajectories[:index], *trajectories[index + 1 :]] for index in range(len(trajectories))]
+    return np.stack([mean_trajectory(others) for others in rest])

@@ -1,7 +1,9 @@
-"""How a policy does along one axis at a time: the length of the run, the size of the model, the noise in the labels.
+"""How a policy does along one axis at a time: the length of the run, the size of the model, the noise in the labels, a
+learning rate that is off at the start.
 
-Few methods, so that long runs and large models can be paid for: the policy, the calibrated schedule, the base rule that
-the policy deviates from, and AdamW's defaults with a cosine.
+Few methods, so that long runs and large models can be paid for: the policy, the calibrated schedule, the base schedule
+that the policy deviates from, AdamW's defaults with a cosine; and a replay, which says whether looking at the run is of
+any use there.
 """
 
 from __future__ import annotations
@@ -12,19 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from hpo_env.hyperparameters import CONTROLS
+from hpo_env.hyperparameters import CONTROLS, Array
+from inner_models.names import unknown
 from inner_models.tasks import Task
 
 from .application import Run
 from .cells import Cell, Store, run_cells
-from .controllers import GRID, Replay, WithPolicy
+from .controllers import GRID, Replay, WithPolicy, of_the_others
 from .evaluation import labels, scaled
 from .measures import interquartile_mean, log_ratio, win_rate
 from .policy import ControlPolicy
 from .schedules import Cosine
 from .summary import losses
 
-OTHERS = ("calibrated", "base-rule", "cosine")
+OTHERS = ("calibrated", "base-rule", "cosine", "replay")
+"""`replay`: the policy's mean trajectory on the same task where nothing was changed (of the other seeds), open-loop."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Point:
     """Where on an axis the tasks are run.
 
     Attributes:
-        axis: `horizon` (intervals), `width` (a factor) or `label_noise` (as in `Task`).
+        axis: `horizon` (intervals), `width` (a factor), `label_noise` (as in `Task`), or `start`: a factor on the
+            learning rate of the user's own schedule, the calibrated one, which the policy then deviates from.
     """
 
     axis: str
@@ -45,7 +50,36 @@ class Point:
             return scaled(task, width=self.value)
         if self.axis == "label_noise":
             return replace(task, label_noise=self.value)
-        raise ValueError(f"no axis {self.axis!r}; known: horizon, width, label_noise")
+        if self.axis == "start":
+            return task
+        raise ValueError(unknown("axis", self.axis, ["horizon", "width", "label_noise", "start"]))
+
+    @property
+    def lr_factor(self) -> float | None:
+        """On the given learning rate; None where none is given."""
+        return self.value if self.axis == "start" else None
+
+
+def _attached(policy: ControlPolicy, lr_factor: float | None) -> WithPolicy:
+    if lr_factor is None:
+        return WithPolicy(policy, record=True)
+    return WithPolicy(policy, start="given", lr_factor=lr_factor, record=True)
+
+
+def _compared(policy: ControlPolicy, trajectories: Array, lr_factor: float | None) -> dict[str, Any]:
+    """The others, by name.
+
+    Args:
+        trajectories: what to replay, `[runs, GRID, controls]`.
+    """
+    rules, stay = policy.header.base_rules, np.zeros((1, GRID, len(CONTROLS)))
+    factor = 1.0 if lr_factor is None else lr_factor
+    return {
+        "calibrated": Cosine("calibrated", factor),
+        "base-rule": Replay(rules, stay, lr_factor),
+        "cosine": Cosine("default", factor),
+        "replay": Replay(rules, trajectories, lr_factor),
+    }
 
 
 def measure(
@@ -65,22 +99,26 @@ def measure(
         seeds: runs of each task and method, paired.
         workers, device, report: as for `agents.cells.run_cells`.
     """
-    methods = {
-        "policy": WithPolicy(policy, record=True),
-        "calibrated": Cosine("calibrated"),
-        "base-rule": Replay(policy.header.base_rules, np.zeros((1, GRID, len(CONTROLS)))),
-        "cosine": Cosine(),
-    }
-    numbers = tuple(range(seeds))
-    cells = {
-        (point, label, name): Cell(point.place(task), method, numbers)
-        for point in points
-        for label, task in labels(tasks).items()
-        for name, method in methods.items()
-    }
-    run_cells(list(cells.values()), store, workers=workers, device=device, report=report)
+    numbers, named = tuple(range(seeds)), labels(tasks)
+    settings: dict[str, Any] = {"workers": workers, "device": device, "report": report}
+    given = {1.0 if point.axis == "start" else None for point in points}
+    unchanged = {(g, label): Cell(task, _attached(policy, g), numbers) for g in given for label, task in named.items()}
+    run_cells(list(unchanged.values()), store, **settings)  # the replays are made from these
+    trajectories = {key: of_the_others(store.load(cell)) for key, cell in unchanged.items()}  # type: ignore[arg-type]
+    cells: dict[Any, Cell] = {}
+    for point in points:
+        for label, task in named.items():
+            replayed = trajectories[None if point.lr_factor is None else 1.0, label]
+            methods = {
+                "policy": _attached(policy, point.lr_factor),
+                **_compared(policy, replayed, point.lr_factor),
+            }
+            cells |= {
+                (point, label, name): Cell(point.place(task), method, numbers) for name, method in methods.items()
+            }
+    run_cells(list(cells.values()), store, **settings)
     runs: dict[Any, list[Run]] = {key: store.load(cell) for key, cell in cells.items()}  # type: ignore[misc]
-    return [_row(point, list(labels(tasks)), runs) for point in points]
+    return [_row(point, list(named), runs) for point in points]
 
 
 def _row(point: Point, names: Sequence[str], runs: Mapping[Any, list[Run]]) -> dict[str, Any]:

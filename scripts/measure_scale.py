@@ -1,4 +1,4 @@
-"""A policy along one axis at a time: longer runs, larger models, noisier labels."""
+"""A policy along one axis at a time: longer runs, larger models, noisier labels, learning rates off at the start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from scripts.reporting.sheet import Sheet
 
 @dataclass
 class Config(Quiet):
-    """Measure a policy against the calibrated schedule, the base rule and AdamW's defaults at points of an axis.
+    """Measure a policy at points of an axis: against the calibrated schedule, the base schedule, AdamW's defaults, and
+    its own mean trajectory on the same task where nothing is changed, replayed without looking.
 
     Needs the packages of the extra `data`. Leaves a JSON file and prints its tables, for people and as Markdown. Takes
     from minutes to an hour on 2 cores, in proportion to the points, tasks and seeds; what has been run is kept in the
@@ -33,8 +34,9 @@ class Config(Quiet):
     """File for the figures."""
     policy: Path | None = None
     """Policy file; the one that ships with hyperpilot when left out."""
-    axis: Literal["horizon", "width", "label_noise"] = "horizon"
-    """horizon: intervals in a run; width: factor on the model's; label_noise: share of labels drawn anew."""
+    axis: Literal["horizon", "width", "label_noise", "start"] = "horizon"
+    """horizon: intervals in a run; width: factor on the model's; label_noise: share of labels drawn anew; start: factor
+    on the learning rate that the user gives."""
     values: tuple[float, ...] = (8, 16, 32, 64, 128, 256)
     """Points on the axis."""
     split: Literal["meta-validation", "meta-validation-small", "meta-test"] = "meta-validation"

@@ -51,4 +51,9 @@ def test_measures_every_point_against_every_other(
     assert result["provenance"]["command"].startswith("python scripts/measure_scale.py --axis horizon --values 2 4")
     door(measure_scale, *arguments, "--axis", "width", "--values", 2, "--tasks", "wine/mlp", "--json", file)
     assert json.loads(file.read_text())["rows"][0]["runs"] == 2
+    door(measure_scale, *arguments, "--axis", "start", "--values", 0.1, 1, "--json", file)
+    bad, good = json.loads(file.read_text())["rows"]
+    for row in (bad, good):  # what it deviates from is what was given
+        assert row["against"]["base-rule"]["val"]["by_task"] == row["against"]["calibrated"]["val"]["by_task"]
+    assert bad["against"]["replay"]["val"]["by_task"] != good["against"]["replay"]["val"]["by_task"]
     one_line(door(measure_scale, *arguments, "--tasks", "wine/mpl", "--json", file, status=2), "wine/mpl", "wine/mlp")

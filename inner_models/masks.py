@@ -85,21 +85,25 @@ class MaskSource(_Source):
         self._threshold = torch.from_numpy(threshold.astype(np.uint8)).to(self._device)
         self._scale = torch.from_numpy(256 / (256 - threshold)).to(self._device, self._dtype)
 
-    def fill(self, keep: Tensor, mask: Tensor) -> None:
-        """Draw the next masks: zero for a dropped unit, 1 / (share kept) for the others.
+    def draw(self, units: int) -> None:
+        """Draw the next masks of all replicas, of `units` each."""
+        self._chosen = self._next(units)
+
+    def fill(self, rows: slice, keep: Tensor, mask: Tensor) -> None:
+        """Write the masks drawn: zero for a dropped unit, 1 / (share kept) for the others.
 
         Args:
-            keep: scratch of type bool, `[replicas, units]`.
-            mask: where to write, `[replicas, units]`.
+            rows: the replicas whose masks to write.
+            keep: scratch of type bool, `[rows, units]`.
+            mask: where to write, `[rows, units]`.
         """
-        chosen = self._next(mask.shape[1])
         if mask.is_cpu:  # numpy compares and casts several times as fast as torch
             assert self._drawn is not None
-            np.greater_equal(self._drawn[:, chosen], self._threshold.numpy(), out=keep.numpy())
-            np.multiply(keep.numpy(), self._scale.numpy(), out=mask.numpy())
+            np.greater_equal(self._drawn[rows, self._chosen], self._threshold[rows].numpy(), out=keep.numpy())
+            np.multiply(keep.numpy(), self._scale[rows].numpy(), out=mask.numpy())
         else:
-            torch.ge(self._on_device[:, chosen], self._threshold, out=keep)
-            torch.mul(keep, self._scale, out=mask)
+            torch.ge(self._on_device[rows, self._chosen], self._threshold[rows], out=keep)
+            torch.mul(keep, self._scale[rows], out=mask)
 
     def _numbers(self, stream: np.random.Generator, count: int) -> NDArray[Any]:
         return draw_bytes(stream, count)

@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 
 _WARM_UP = 2  # runs before a CUDA graph is captured
+# OpenBLAS multiplies small matrices without copying them first, and a third faster or more, unless the right one is
+# transposed.
+_SMALL = 1_000_000  # multiplications in a small product, at most
+_ROWS = 32  # of the left matrix, from which on a copy of a transposed right one pays
 
 _log = logging.getLogger("hyperpilot")
 
@@ -94,6 +98,7 @@ class Tape:
     Attributes:
         training: whether dropout is on and a backward pass follows.
         fresh: whether parameter gradients are written instead of added to.
+        cpu: whether it is for a CPU.
         rows: the replicas, of those that the program is for, whose calls are being recorded.
     """
 
@@ -103,7 +108,7 @@ class Tape:
         self.training, self.fresh = training, fresh
         self.program = Program(workspace.device)
         self.workspace = workspace
-        self._cpu = workspace.device.type == "cpu"
+        self.cpu = workspace.device.type == "cpu"
         self._free = list(workspace.pool)
         self._taken: dict[int, Tensor] = {}
 
@@ -150,14 +155,32 @@ class Tape:
         """Record out = a @ b. On a CPU by numpy, whose BLAS is the faster one for small matrices."""
         if a.shape[-1] == 1:  # numpy has no fast path for it
             self.call(torch.mul, a, b, out=out)
-        elif self._cpu:
-            self.call(np.matmul, a.numpy(), b.numpy(), out=out.numpy())
-        else:
+        elif not self.cpu:
             self.call(torch.matmul, a, b, out=out)
+        elif b.stride(-1) != 1 and a.shape[-2] >= _ROWS:
+            copy = self.transposed(b.transpose(-1, -2))
+            self.matmul(a, copy, out)
+            self.release(copy)
+        else:
+            parts = _parts(a.shape[-2], a.shape[-1] * b.shape[-1])
+            if parts > 1:
+                a, out = (x.view(*x.shape[:-2], parts, -1, x.shape[-1]) for x in (a, out))
+                b = b.unsqueeze(-3)
+            self.call(np.matmul, a.numpy(), b.numpy(), out=out.numpy())
+
+    def transposed(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        """A buffer that a recorded call fills with `factor` times `x`, its last two dimensions swapped."""
+        swapped = x.transpose(-1, -2)
+        out = self.take(*swapped.shape)
+        if self.cpu:  # numpy is the faster one at this
+            self.call(np.multiply, swapped.numpy(), factor, out=out.numpy())
+        else:
+            self.call(torch.mul, swapped, factor, out=out)
+        return out
 
     def tanh(self, x: Tensor, out: Tensor) -> None:
         """Record out = tanh(x). numpy's is ten times as fast as torch's on a CPU."""
-        if self._cpu:
+        if self.cpu:
             self.call(np.tanh, x.numpy(), out=out.numpy())
         else:
             self.call(torch.tanh, x, out=out)
@@ -166,7 +189,7 @@ class Tape:
         """Record the gradient of a parameter that is a matrix product, `[replicas, m, k] @ [replicas, k, n]`."""
         if self.fresh:
             self.matmul(a, b, gradient)
-        elif self._cpu:
+        elif self.cpu:
             product = self.take(*gradient.shape)
             self.matmul(a, b, product)
             self.call(gradient.add_, product)
@@ -187,6 +210,12 @@ class Tape:
     def add_gradient(self, gradient: Tensor, value: Tensor) -> None:
         """Record the gradient of a parameter."""
         self.call(gradient.copy_ if self.fresh else gradient.add_, value)
+
+
+def _parts(rows: int, products: int) -> int:
+    """Into how many small products one divides by its rows, of `products` multiplications each; 1 where none fits."""
+    fitting = (n for n in range(1, rows // 16 + 1) if rows % n == 0 and rows // n * products <= _SMALL)
+    return next(fitting, 1)
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

@@ -20,11 +20,12 @@ def draw_order(rows: int, examples: int, generator: np.random.Generator) -> NDAr
 def draw_bytes(generator: np.random.Generator, count: int) -> NDArray[np.uint8]:
     """`count` random bytes, a multiple of 8: the same ones however many calls they are drawn in.
 
-    Twice as fast as `Generator.bytes`.
+    Three times as fast as `Generator.bytes`; the same ones as by its `integers`, for a generator of 64-bit numbers such
+    as numpy's default.
     """
     if count % 8:
         raise ValueError(f"the number of bytes must be a multiple of 8, not {count}")
-    return generator.integers(0, 2**64 - 1, count // 8, dtype=np.uint64, endpoint=True).view(np.uint8)
+    return np.asarray(generator.bit_generator.random_raw(count // 8)).view(np.uint8)
 
 
 class BatchSampler:

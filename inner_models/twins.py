@@ -74,20 +74,37 @@ def _dropout(module: Dropout, site: Site, tape: Tape, x: Tensor) -> tuple[Tensor
         return x, _no_backward
     assert isinstance(site.source, MaskSource)
     shape = x.shape
-    size = (site.source.replicas, math.prod(shape[1:]))
-    masks = tape.workspace.named(f"{site.name}mask", size)
-    if tape.rows.start == 0:
-        tape.program.add_before(site.source.fill, tape.workspace.named("keep", size, torch.bool), masks)
-    mask = masks[tape.rows]
+    mask = _mask(site.name, site.source, tape, shape)
     out = x if site.spent else tape.take(*shape)
-    tape.call(torch.mul, x, mask.view(shape), out=out)
+    tape.call(torch.mul, x, mask, out=out)
 
     def backward(g: Tensor) -> Tensor:
         gx = tape.take(*shape)
-        tape.call(torch.mul, g, mask.view(shape), out=gx)
+        tape.call(torch.mul, g, mask, out=gx)
+        tape.release(mask)
         return gx
 
     return out, backward
+
+
+def _mask(name: str, source: MaskSource, tape: Tape, shape: tuple[int, ...]) -> Tensor:
+    """A buffer of `shape` for the masks of the replicas that are being recorded.
+
+    On a CPU it is filled when it is needed, so that it is in the cache; a CUDA graph needs all that is drawn before it.
+    """
+    units = math.prod(shape[1:])
+    if tape.rows.start == 0:
+        tape.program.add_before(source.draw, units)
+    if tape.cpu:
+        mask, keep = tape.take(*shape), tape.take(shape[0], units, dtype=torch.bool)
+        tape.call(source.fill, tape.rows, keep, mask.view(keep.shape))
+        tape.release(keep)
+        return mask
+    size = (source.replicas, units)
+    masks = tape.workspace.named(f"{name}mask", size)
+    if tape.rows.start == 0:
+        tape.program.add_before(source.fill, slice(None), tape.workspace.named("keep", size, torch.bool), masks)
+    return masks[tape.rows].view(shape)
 
 
 def _no_backward(gradient: Tensor) -> Tensor:
@@ -232,16 +249,14 @@ def _normalization(tape: Tape, site: Site, x: Tensor, groups: Tensor, eps: float
         tape.call(torch.mul, gg, normal.view(groups.shape), out=shaped)
         tape.add_sum(site["weight"].gradient, shaped, (1, 2))
         tape.add_sum(site["bias"].gradient, gg, (1, 2))
-        # With y = weight * normal, both means of the gradient of `normal` are products with the weight.
+        # With y = weight * normal, both sums of the gradient of `normal` are products with the weight.
         slope, level = (tape.take(replicas, count, 1) for _ in range(2))
-        spread = tape.take(replicas, size, 1)
-        wide = (replicas, 1, positions, channels)
-        tape.call(torch.div, weight.expand(wide), size, out=spread.view(wide))
+        spread = tape.view(weight.expand(replicas, 1, positions, channels), replicas, size, 1)
         tape.matmul(scratch, spread, slope)
         tape.matmul(gg.view(replicas, count, size), spread, level)
         tape.call(torch.mul, gg, weight, out=gx.view(groups.shape))
-        tape.call(gx.sub_, level)
-        tape.call(gx.addcmul_, normal, slope, value=-1)
+        tape.call(gx.sub_, level, alpha=1 / size)
+        tape.call(gx.addcmul_, normal, slope, value=-1 / size)
         tape.call(gx.mul_, inverse)
         tape.release(scratch, slope, level, spread, inverse, normal)
         return gx.view(x.shape)

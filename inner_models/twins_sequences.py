@@ -93,8 +93,9 @@ def _attention(module: Attention, site: Site, tape: Tape, x: Tensor) -> tuple[Te
 
     q, k, v = split(qkv)
     scores, weights = (tape.take(replicas, batch, heads, length, length) for _ in range(2))
-    tape.call(q.mul_, size**-0.5)
-    tape.matmul(q, k.transpose(-1, -2), scores)
+    keys = tape.transposed(k, size**-0.5)
+    tape.matmul(q, keys, scores)
+    tape.release(keys)
     if module.causal:
         future = torch.full((length, length), -math.inf, device=x.device, dtype=x.dtype).triu(1)
         tape.call(scores.add_, future)
@@ -108,15 +109,16 @@ def _attention(module: Attention, site: Site, tape: Tape, x: Tensor) -> tuple[Te
 
     def backward(g: Tensor) -> Tensor:
         gm = out_backward(g)
-        packed, gw, gs = tape.take(*qkv.shape), tape.take(*weights.shape), tape.take(*weights.shape)
+        packed, gs = tape.take(*qkv.shape), tape.take(*weights.shape)
         gq, gk, gv = split(packed)
+        values = tape.transposed(v, size**-0.5)  # the factor of the scores, which this carries into their gradient
         tape.matmul(weights.transpose(-1, -2), by_head(gm), gv)
-        tape.matmul(by_head(gm), v.transpose(-1, -2), gw)
-        tape.call(_aten._softmax_backward_data.out, gw, weights, -1, weights.dtype, grad_input=gs)
+        tape.matmul(by_head(gm), values, gs)
+        tape.release(values)
+        tape.call(_aten._softmax_backward_data.out, gs, weights, -1, weights.dtype, grad_input=gs)
         tape.matmul(gs, k, gq)
-        tape.call(gq.mul_, size**-0.5)
         tape.matmul(gs.transpose(-1, -2), q, gk)
-        tape.release(gm, gw, gs, weights, mixed, qkv)
+        tape.release(gm, gs, weights, mixed, qkv)
         gx = qkv_backward(packed)
         tape.release(packed)
         return gx

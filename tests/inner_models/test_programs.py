@@ -26,6 +26,27 @@ def test_a_program_runs_on_what_its_buffers_hold() -> None:
         assert out.tolist() == [2 * value] * 3
 
 
+@pytest.mark.parametrize("rows", [1, 31, 512, 509])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_are_right_however_they_are_divided(rows: int, transposed: bool) -> None:
+    tape, generator = make_tape(), torch.Generator().manual_seed(0)
+    a = torch.randn(2, rows, 64, generator=generator, dtype=torch.float64)
+    b = torch.randn(2, 48, 64, generator=generator, dtype=torch.float64).transpose(1, 2)
+    out = torch.empty(2, rows, 48, dtype=torch.float64)
+    tape.matmul(a, b if transposed else b.contiguous(), out)
+    tape.program.run()
+    torch.testing.assert_close(out, a @ b)
+
+
+def test_a_transposed_copy_follows_its_source() -> None:
+    tape, x = make_tape(), torch.zeros(2, 3, dtype=torch.float64)
+    copy = tape.transposed(x, 0.5)
+    x.copy_(torch.arange(6).view(2, 3))
+    tape.program.run()
+    assert copy.is_contiguous()
+    assert torch.equal(copy, x.T / 2)
+
+
 def test_what_takes_in_data_runs_first() -> None:
     order: list[str] = []
     program = Program(CPU)

@@ -350,6 +350,8 @@ def test_bytes_are_the_same_however_they_are_drawn() -> None:
     whole = draw_bytes(np.random.default_rng(3), 48)
     generator = np.random.default_rng(3)
     assert np.concatenate([draw_bytes(generator, count) for count in (8, 24, 16)]).tolist() == whole.tolist()
+    numbers = np.random.default_rng(3).integers(0, 2**64 - 1, 6, dtype=np.uint64, endpoint=True)
+    assert whole.tolist() == numbers.view(np.uint8).tolist()
     assert draw_bytes(generator, 0).size == 0
     spread = np.bincount(draw_bytes(np.random.default_rng(0), 1 << 16), minlength=256)
     assert 150 < spread.min() < spread.max() < 370  # 256 expected, standard deviation 16

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hpo_env.actions import apply_offsets
 from hpo_env.base_schedules import BaseRule, BaseSchedule, calibrated
 from hpo_env.control import ControlLoop, Intervals
-from hpo_env.hyperparameters import CONTROLS, Array
+from hpo_env.hyperparameters import CONTROLS, Array, by_name, in_columns
 from hpo_env.observations import FEATURES
 from inner_models.training import Training
 
@@ -245,7 +245,7 @@ class _Replayed:
     def values(self) -> dict[str, Array]:
         interval = min(self._interval, self._horizon - 1)
         progress = np.full(len(self._offsets), (interval + 0.5) / self._horizon)
-        return apply_offsets(self._base.values(progress), self._offsets[:, interval])
+        return by_name(apply_offsets(in_columns(self._base.values(progress)), self._offsets[:, interval]))
 
     def step(self, signals: Mapping[str, Array]) -> None:
         self._interval += 1

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hpo_env.actions import apply_offsets, move
 from hpo_env.base_schedules import BaseRule, BaseSchedule, shape
-from hpo_env.hyperparameters import CONTROLS, Array
+from hpo_env.hyperparameters import CONTROLS, SCALES, Array, by_name, in_columns
 from hpo_env.observations import RunState, observe
 from hpo_env.telemetry import Telemetry, combined
 from inner_models.signals import SIGNALS
@@ -283,7 +283,7 @@ class ControlLoop:
 
     def values(self) -> dict[str, Array]:
         """The values in use, `[runs]` each."""
-        return {name: self.state.values[:, index].copy() for name, index in _INDEX.items()}
+        return by_name(self.state.values)
 
     def take_back(self) -> None:
         """Undo the first decision, before anything was trained: the offsets are 0 again."""
@@ -297,14 +297,10 @@ class ControlLoop:
 
     def _rebase(self) -> None:
         """Set the base values, the learning rate at its peak, and how far they are from the rule's."""
-        rule = self.rule.peaks(self.state.examples, self.state.parameters)
-        if self.given is None:
-            base = rule
-        else:
-            base = {name: np.full(len(self._shifts), getattr(self.given, name)) for name in CONTROLS}
-        self._base = apply_offsets(base, self._shifts)
-        away = [control.to_scale(self._base[name]) - control.to_scale(rule[name]) for name, control in CONTROLS.items()]
-        self._away = np.stack(away, axis=1)
+        rule = in_columns(self.rule.peaks(self.state.examples, self.state.parameters))
+        base = rule if self.given is None else np.array([[getattr(self.given, name) for name in CONTROLS]])
+        self._base = apply_offsets(np.broadcast_to(base, rule.shape), self._shifts)
+        self._away = SCALES.to_scale(self._base) - SCALES.to_scale(rule)
         self._set_values()
 
     def _set_values(self, progress: float | None = None) -> None:
@@ -314,6 +310,7 @@ class ControlLoop:
         else:
             at = np.full(len(state.offsets), progress)
         state.distances = state.offsets + self._away
-        lr = self._base["lr"] * self._lr_scale * shape(at, (self.given or self.rule).warmup)
-        moved = apply_offsets({**self._base, "lr": lr}, state.offsets, self._max_factor)
-        state.values = np.where(state.available, np.stack([moved[name] for name in CONTROLS], axis=1), self._fixed)
+        base = self._base.copy()
+        base[:, _INDEX["lr"]] *= self._lr_scale * shape(at, (self.given or self.rule).warmup)
+        moved = apply_offsets(base, state.offsets, self._max_factor)
+        state.values = np.where(state.available, moved, self._fixed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -17,7 +17,7 @@ from inner_models.augmentation import Augment
 from inner_models.sampling import MICRO_BATCH
 
 Array = NDArray[np.float64]
-Scale = Literal["linear", "log", "logit"]
+Scale = Literal["log", "logit"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Hyperparameter:
 
     Attributes:
         low, high: range of values, both attainable.
-        scale: `linear`, `log` (positive values) or `logit` (values in 0..1, both ends excluded).
+        scale: `log` (positive values) or `logit` (values in 0..1, both ends excluded).
         multiple: values are rounded to a multiple of this; 0 for none.
     """
 
@@ -42,47 +42,79 @@ class Hyperparameter:
         if (self.scale == "log" and self.low <= 0) or (self.scale == "logit" and not 0 < self.low < self.high < 1):
             raise ValueError(f"{self.name}: range {self.low}..{self.high} does not fit the {self.scale} scale")
 
-    def to_scale(self, value: Array) -> Array:
-        """Value -> its scale's units (value, log value or logit value); values outside the range are clipped to it."""
-        value = np.clip(value, self.low, self.high)
-        if self.scale == "log":
-            return np.asarray(np.log(value))
-        return np.asarray(np.log(value) - np.log1p(-value)) if self.scale == "logit" else value
-
     @cached_property
-    def _bounds(self) -> tuple[float, float]:
-        """The range, on the scale."""
-        low, high = self.to_scale(np.array([self.low, self.high])).tolist()
-        return low, high
+    def _scales(self) -> Scales:
+        return Scales([self])
+
+    def to_scale(self, value: Array) -> Array:
+        """Value -> its scale's units (log value or logit value); values outside the range are clipped to it."""
+        return self._scales.to_scale(np.asarray(value)[..., None])[..., 0]
 
     def from_scale(self, scaled: Array) -> Array:
         """The inverse of `to_scale`, clipped to the range and rounded to `multiple`."""
-        low, high = self._bounds
-        value = np.clip(scaled, low, high)
-        if self.scale == "log":
-            value = np.exp(value)
-        elif self.scale == "logit":
-            value = 1 / (1 + np.exp(-value))
-        value = np.clip(value, self.low, self.high)
-        return np.rint(value / self.multiple) * self.multiple if self.multiple else value
+        return self._scales.from_scale(np.asarray(scaled)[..., None])[..., 0]
 
     def room(self, value: Array) -> tuple[Array, Array]:
-        """How far `value` can move down (0 or below) and up (0 or above), in scale units: within the range, but for a
-        rate that already lies below it, which may fall further."""
-        low, high = self._bounds
-        at = self.to_scale(value)
-        below = (value > 0) & (value < self.low) if self.scale == "log" and not self.multiple else np.False_
-        return np.where(below, -np.inf, low - at), high - at
+        """As `Scales.room`."""
+        down, up = self._scales.room(np.asarray(value)[..., None])
+        return down[..., 0], up[..., 0]
 
     def normalize(self, value: Array) -> Array:
         """Value -> 0..1 on its scale."""
-        low, high = self._bounds
-        return np.asarray((self.to_scale(value) - low) / (high - low))
+        return self._scales.normalize(np.asarray(value)[..., None])[..., 0]
 
     def denormalize(self, unit: Array) -> Array:
         """The inverse of `normalize`."""
-        low, high = self._bounds
-        return self.from_scale(low + np.asarray(unit) * (high - low))
+        low, high = self._scales.bounds
+        return self.from_scale(low[0] + np.asarray(unit) * (high[0] - low[0]))
+
+
+class Scales:
+    """The ranges and scales of several hyperparameters. Arrays have one column for each, `[..., hyperparameters]`.
+
+    Attributes:
+        low, high: ranges of values.
+        bounds: the same on the scales.
+        multiple: values are rounded to multiples of this; 0 for none.
+        logit: whether the scale is the logit, not the logarithm.
+        rate: whether a value may lie below the range: what has a logarithm and is no multiple.
+    """
+
+    def __init__(self, parts: Iterable[Hyperparameter]) -> None:
+        parts = list(parts)
+        self.low, self.high = (np.array([getattr(part, end) for part in parts]) for end in ("low", "high"))
+        self.multiple = np.array([part.multiple for part in parts])
+        self.logit = np.array([part.scale == "logit" for part in parts])
+        self.rate = ~self.logit & (self.multiple == 0)
+        self._rounded = np.flatnonzero(self.multiple)
+        self.bounds = self.to_scale(self.low), self.to_scale(self.high)
+
+    def to_scale(self, values: Array) -> Array:
+        """Values -> their scales' units (log value or logit value); values outside the ranges are clipped to them."""
+        values = np.clip(values, self.low, self.high)
+        return np.asarray(np.log(values) - np.log1p(np.where(self.logit, -values, 0)))
+
+    def from_scale(self, scaled: Array) -> Array:
+        """The inverse of `to_scale`, clipped to the ranges and rounded to `multiple`."""
+        scaled = np.clip(scaled, *self.bounds)
+        powers = np.exp(np.where(self.logit, -scaled, scaled))
+        values = np.clip(np.where(self.logit, 1 / (1 + powers), powers), self.low, self.high)
+        for column in self._rounded:
+            values[..., column] = np.rint(values[..., column] / self.multiple[column]) * self.multiple[column]
+        return values
+
+    def room(self, values: Array) -> tuple[Array, Array]:
+        """How far values can move down (0 or below) and up (0 or above), in scale units: within the range, but for a
+        rate that already lies below it, which may fall further."""
+        low, high = self.bounds
+        at = self.to_scale(values)
+        below = self.rate & (values > 0) & (values < self.low)
+        return np.where(below, -np.inf, low - at), high - at
+
+    def normalize(self, values: Array) -> Array:
+        """Values -> 0..1 on their scales."""
+        low, high = self.bounds
+        return np.asarray((self.to_scale(values) - low) / (high - low))
 
 
 CONTROLS: dict[str, Hyperparameter] = {
@@ -97,6 +129,20 @@ CONTROLS: dict[str, Hyperparameter] = {
     )
 }
 """The hyperparameters that a policy moves, in the order of its actions."""
+
+SCALES = Scales(CONTROLS.values())
+"""Theirs."""
+
+
+def in_columns(values: Mapping[str, Array]) -> Array:
+    """Values of all controls by name, `[runs]` each, as `[runs, controls]`."""
+    return np.stack([values[name] for name in CONTROLS], axis=1)
+
+
+def by_name(columns: Array) -> dict[str, Array]:
+    """The inverse of `in_columns`."""
+    return {name: columns[:, index].copy() for index, name in enumerate(CONTROLS)}
+
 
 _ATTRIBUTES = {"dropout": "p", "augmentation": "strength", "label_smoothing": "label_smoothing"}
 """Controls that modules hold, and where."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpo_env.actions import RANGES
-from hpo_env.hyperparameters import CONTROLS, Array
+from hpo_env.hyperparameters import CONTROLS, SCALES, Array
 from hpo_env.telemetry import Telemetry
 
 Pair = tuple[Array, Array]
@@ -55,6 +55,7 @@ class Feature:
         low, high: bounds, to which the value is clipped.
         meaning: what it says, as shown in the documentation.
         formula: computes it, `[runs]`, or the a and b whose relative difference it is; non-finite results become 0.
+            None for those of controls, which are computed together.
         control: the control that it tells of, if it does of one.
     """
 
@@ -62,7 +63,7 @@ class Feature:
     low: float
     high: float
     meaning: str
-    formula: Callable[[RunState], Array | Pair]
+    formula: Callable[[RunState], Array | Pair] | None = None
     control: str | None = None
 
 
@@ -155,23 +156,25 @@ def _non_finite(s: RunState) -> Array:
     return broken.astype(np.float64)
 
 
-def _of_control(index: int, name: str) -> list[Feature]:
-    control, limit = CONTROLS[name], RANGES[name].limit
+def _features_of(name: str) -> list[Feature]:
     return [
-        Feature(
-            f"{name}", 0, 1, f"{name} in use, normalized on its scale; 0 if the run lacks it as a control",
-            lambda s: np.where(s.available[:, index], control.normalize(s.values[:, index]), 0.0), name,
-        ),
-        Feature(
-            f"{name}_offset", -2, 2, f"distance of {name} from the base rule's value, in limits of an offset",
-            lambda s: np.where(s.available[:, index], s.distances[:, index] / limit, 0.0), name,
-        ),
-        Feature(f"{name}_action", -1, 1, f"last action on {name}", lambda s: s.actions[:, index], name),
-        Feature(
-            f"{name}_available", 0, 1, f"whether the run has {name} as a control",
-            lambda s: s.available[:, index].astype(np.float64), name,
-        ),
+        Feature(f"{name}", 0, 1, f"{name} in use, normalized on its scale; 0 if the run lacks it as a control",
+                control=name),
+        Feature(f"{name}_offset", -2, 2, f"distance of {name} from the base rule's value, in limits of an offset",
+                control=name),
+        Feature(f"{name}_action", -1, 1, f"last action on {name}", control=name),
+        Feature(f"{name}_available", 0, 1, f"whether the run has {name} as a control", control=name),
     ]  # fmt: skip
+
+
+_LIMITS = np.array([RANGES[name].limit for name in CONTROLS])
+
+
+def _of_controls(s: RunState) -> Array:
+    """What `_features_of` lists, of all controls in their order, `[runs, 4 * controls]`."""
+    normalized = np.where(s.available, SCALES.normalize(s.values), 0.0)
+    distances = np.where(s.available, s.distances / _LIMITS, 0.0)
+    return np.stack([normalized, distances, s.actions, s.available], axis=2).reshape(len(s.values), -1)
 
 
 FEATURES: tuple[Feature, ...] = (
@@ -214,8 +217,10 @@ FEATURES: tuple[Feature, ...] = (
     Feature("val_missing", 0, 1, "1 if the last validation loss is missing", _missing("val_loss")),
     Feature("gradients_missing", 0, 1, "1 if gradient statistics are missing", _missing("grad_norm")),
     Feature("non_finite", 0, 1, "1 if the last loss was not finite", _non_finite),
-    *(feature for index, name in enumerate(CONTROLS) for feature in _of_control(index, name)),
+    *(feature for name in CONTROLS for feature in _features_of(name)),
 )  # fmt: skip
+
+_FORMULAS = [feature.formula for feature in FEATURES if feature.formula is not None]
 
 LOW = np.array([feature.low for feature in FEATURES], np.float32)
 HIGH = np.array([feature.high for feature in FEATURES], np.float32)
@@ -228,11 +233,12 @@ def features_of(controls: Collection[str]) -> tuple[str, ...]:
 
 def observe(state: RunState) -> NDArray[np.float32]:
     """The observation of every run, `[runs, len(FEATURES)]`."""
-    values = [feature.formula(state) for feature in FEATURES]
+    values = [formula(state) for formula in _FORMULAS]
     # All at once: with few runs, time goes into the number of calls.
     pairs = np.array([value for value in values if isinstance(value, tuple)])
     differences = iter(relative_difference(pairs[:, 0], pairs[:, 1]))
-    raw = np.array([next(differences) if isinstance(value, tuple) else value for value in values]).T
+    measured = np.array([next(differences) if isinstance(value, tuple) else value for value in values]).T
+    raw = np.concatenate([measured, _of_controls(state)], axis=1)
     return np.clip(_finite_or(raw, 0.0), LOW, HIGH).astype(np.float32, order="C")
 
 

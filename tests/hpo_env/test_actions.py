@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hpo_env.actions import RANGES, apply_offsets, move
-from hpo_env.hyperparameters import CONTROLS
+from hpo_env import actions
+from hpo_env.actions import RANGES
+from hpo_env.hyperparameters import CONTROLS, by_name, in_columns
 
 FIRST = np.array([RANGES[name].first for name in CONTROLS])
 STEP = np.array([RANGES[name].step for name in CONTROLS])
@@ -23,6 +24,23 @@ CENTRE = {name: control.denormalize(np.array([0.5, 0.5])) for name, control in C
 def peaks(**values: float) -> dict[str, NDArray[np.float64]]:
     """Base values of one run."""
     return {name: np.array([values.get(name, CENTRE[name][0])]) for name in CONTROLS}
+
+
+Named = dict[str, NDArray[np.float64]]
+
+
+def move(
+    offsets: NDArray[np.float64],
+    acts: NDArray[np.float64],
+    first: NDArray[np.bool_],
+    base: Named,
+    factor: float = math.inf,
+) -> NDArray[np.float64]:
+    return actions.move(offsets, acts, first, in_columns(base), factor)
+
+
+def apply_offsets(base: Named, offsets: NDArray[np.float64]) -> Named:
+    return by_name(actions.apply_offsets(in_columns(base), offsets))
 
 
 @pytest.mark.parametrize(("first", "reach"), [(True, FIRST), (False, STEP)])

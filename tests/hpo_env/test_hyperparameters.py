@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from hpo_env.hyperparameters import CONTROLS, Binding, Hyperparameter, finite_positive
+from hpo_env.hyperparameters import CONTROLS, SCALES, Binding, Hyperparameter, finite_positive
 from inner_models.augmentation import Augment
 
-LINEAR = Hyperparameter("momentum", -1.0, 3.0, "linear")
-HYPERPARAMETERS = [*CONTROLS.values(), LINEAR]
+HYPERPARAMETERS = [*CONTROLS.values(), Hyperparameter("momentum", 0.01, 0.999, "logit")]
 
 
 def ids(hyperparameter: Hyperparameter) -> str:
@@ -52,7 +51,19 @@ def test_scales_by_hand() -> None:
     assert CONTROLS["lr"].to_scale(np.array([1e-3])) == pytest.approx([math.log(1e-3)])
     assert CONTROLS["dropout"].to_scale(np.array([0.2])) == pytest.approx([math.log(0.25)])
     assert CONTROLS["lr"].normalize(np.array([1e-3])) == pytest.approx([0.5])
-    assert LINEAR.denormalize(np.array([0.25])) == pytest.approx([0.0])
+
+
+def test_all_at_once_are_each_by_itself() -> None:
+    units = np.random.default_rng(0).uniform(-0.1, 1.1, (50, len(CONTROLS)))
+    values = np.stack(
+        [control.denormalize(column) for control, column in zip(CONTROLS.values(), units.T, strict=True)], 1
+    )
+    values[:9] *= 0.01
+    values[9:18] *= 1.7
+    for method in ("to_scale", "from_scale", "normalize", "room"):
+        together = np.array(getattr(SCALES, method)(values))
+        for index, control in enumerate(CONTROLS.values()):
+            assert together[..., index].tolist() == np.array(getattr(control, method)(values[:, index])).tolist()
 
 
 @pytest.mark.parametrize("hyperparameter", HYPERPARAMETERS, ids=ids)
@@ -83,7 +94,7 @@ def test_batch_sizes_are_multiples() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "scale"),
-    [(1.0, 1.0, "linear"), (2.0, 1.0, "linear"), (0.0, 1.0, "log"), (0.0, 0.5, "logit"), (0.5, 1.0, "logit")],
+    [(1.0, 1.0, "log"), (2.0, 1.0, "log"), (0.0, 1.0, "log"), (0.0, 0.5, "logit"), (0.5, 1.0, "logit")],
 )
 def test_ranges_that_do_not_fit(low: float, high: float, scale: Any) -> None:
     with pytest.raises(ValueError, match=f"thing: .*{low}.*{high}"):

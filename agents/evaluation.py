@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 
 from hpo_env.hyperparameters import CONTROLS
+from inner_models.names import unknown
 from inner_models.splits import META_TEST, META_VALIDATION, META_VALIDATION_SMALL
 from inner_models.tasks import Task
 
 from .application import Run
 from .calibration import RandomTrials
 from .cells import Cell, Store, run_cells
-from .controllers import GRID, Elsewhere, Replay, WithPolicy, mean_trajectory
+from .controllers import GRID, Elsewhere, Replay, WithPolicy, mean_trajectory, of_the_others
 from .policy import ControlPolicy
 from .population_based import PopulationBased
+from .proposer import Proposer
+from .recurrent_search import RecurrentSearch
 from .schedules import (
     Constant,
     Cosine,
@@ -128,6 +131,18 @@ def labels(tasks: Sequence[Task]) -> dict[str, Task]:
     return named
 
 
+def chosen(tasks: Mapping[str, Task], names: Sequence[str]) -> dict[str, Task]:
+    """Those of labelled tasks that are named, in the tasks' order; all of them where none is.
+
+    Raises:
+        ValueError: a name that no task has.
+    """
+    for name in names:
+        if name not in tasks:
+            raise ValueError(unknown("task", name, list(tasks)))
+    return {label: task for label, task in tasks.items() if not names or label in names}
+
+
 def scaled(task: Task, *, horizon: float = 1.0, width: float = 1.0) -> Task:
     """A longer run, or one of a larger model."""
     model = replace(task.model, width=round(task.model.width * width))
@@ -148,7 +163,8 @@ def evaluate(
     """Run what `store` does not hold yet, and gather all of it.
 
     Args:
-        learned: further methods of one trial (with `attach`), as from `agents.learned.read`.
+        learned: by name, as from `agents.learned.read_all`: further methods of one trial (with `attach`), and
+            proposers, which search at the cost of the other searches.
         workers, device, report: as for `agents.cells.run_cells`.
 
     Raises:
@@ -157,7 +173,9 @@ def evaluate(
     named = labels(tasks)
     seeds = tuple(range(budget.seeds))
     own = {label: [Cell(task, WithPolicy(policy, record=True), seeds)] for label, task in named.items()}
-    methods = {**BASELINES, **(learned or {}), **ablations(policy)}
+    proposers = {name: one for name, one in (learned or {}).items() if isinstance(one, Proposer)}
+    others = {name: one for name, one in (learned or {}).items() if name not in proposers}
+    methods = {**BASELINES, **others, **ablations(policy)}
     runs = {
         name: {label: _cells(task, method, seeds) for label, task in named.items()} for name, method in methods.items()
     }
@@ -175,10 +193,12 @@ def evaluate(
         label: {name: {f: _cells(task, of(f), seeds) for f in FACTORS} for name, of in starters.items()}
         for label, task in named.items()
     }
+    searching = {name: _search(name, budget) for name in budget.searches}
+    searching |= {name: _learned_search(proposer, budget) for name, proposer in proposers.items()}
     searches = {
         label: {
-            name: [Cell(task, _search(name, budget), (seed,)) for seed in seeds[: budget.search_seeds]]
-            for name in budget.searches
+            name: [Cell(task, search, (seed,)) for seed in seeds[: budget.search_seeds]]
+            for name, search in searching.items()
         }
         for label, task in named.items()
     }
@@ -247,10 +267,8 @@ def _made_from(policy: ControlPolicy, runs: dict[str, list[Run]], label: str) ->
     """The controls on task `label` that need the policy's own runs on all tasks."""
     rules = policy.header.base_rules
     trajectories = {name: [np.array(run.notes["offsets"]) for run in own] for name, own in runs.items()}
-    own = trajectories[label]
-    same = [mean_trajectory([*own[:seed], *own[seed + 1 :]]) for seed in range(len(own))]
     elsewhere = [name for name in runs if name != label]
-    controls: dict[str, Any] = {"replay-same-task": Replay(rules, np.stack(same))}
+    controls: dict[str, Any] = {"replay-same-task": Replay(rules, of_the_others(runs[label]))}
     if elsewhere:
         others = mean_trajectory([mean_trajectory(trajectories[name]) for name in elsewhere])
         controls["replay-other-tasks"] = Replay(rules, others[None])
@@ -268,3 +286,11 @@ def _search(name: str, budget: Budget) -> Any:
     if name == "population-based":
         return PopulationBased(budget.search_cost)
     return OptunaSearch(name, budget.search_cost)  # type: ignore[arg-type]
+
+
+def _learned_search(proposer: Proposer, budget: Budget) -> RecurrentSearch:
+    """As many trials as the searches' cost has room for, beside the landmarks that the proposer reads."""
+    trials = int(budget.search_cost - proposer.landmark_cost)
+    if trials < 1:
+        raise ValueError(f"a search cost of {budget.search_cost} leaves no trial beside the landmarks; allow 2 or more")
+    return RecurrentSearch(proposer, trials)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -178,9 +178,13 @@ class Proposer(nn.Module):
         Raises:
             ValueError: an optimizer of which it has studied no task.
         """
-        if self.mean[0] == float(task.optimizer != "sgd"):
-            raise ValueError(f"the proposer has studied no task with {task.optimizer}; fit it to some")
+        self.check(task.optimizer)
         return self._standardized(_read(task, self.names, meta_features(task) if self.names else {}))
+
+    def check(self, optimizer: str) -> None:
+        """Raise a ValueError unless tasks with this optimizer were studied."""
+        if self.mean[0] == float(optimizer != "sgd"):
+            raise ValueError(f"the proposer has studied no task with {optimizer}; fit it to some")
 
     def _standardized(self, read: Tensor) -> Tensor:
         return ((read - self.mean) / self.std).clamp(-CLIP, CLIP)
@@ -212,11 +216,25 @@ class Proposer(nn.Module):
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file is damaged, or not a proposer.
+            ValueError: there is no such file, it is damaged, or not a proposer.
         """
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}: give one that measure_recurrent_search.py wrote with --out")
         state = load_state(path)
+        try:
+            return cls.from_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
+        """From the state that `save` writes.
+
+        Raises:
+            ValueError: not a proposer's.
+        """
         if state.get("kind") != KIND:
-            raise ValueError(f"{path} holds no {KIND} but {state.get('kind')!r}")
+            raise ValueError(f"this is not the state of a {KIND} but of {state.get('kind')!r}")
         weights: dict[str, Tensor] = state["weights"]
         proposer = cls(state["names"], weights["mean"], weights["std"], hidden=state["hidden"], blind=state["blind"])
         proposer.load_state_dict(weights)

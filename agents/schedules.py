@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -48,6 +48,13 @@ class Listed:
 
     def __init__(self, table: Sequence[Mapping[str, float]], runs: int) -> None:
         self._table, self._runs, self._interval = table, runs, 0
+
+    @classmethod
+    def of(cls, schedule: BaseSchedule, runs: Runs) -> Self:
+        """`schedule` over the whole run, its warm-up and decay included."""
+        horizon = runs.task.horizon
+        values = schedule.values((np.arange(horizon) + 0.5) / horizon)
+        return cls([{name: float(values[name][row]) for name in CONTROLS} for row in range(horizon)], runs.runs)
 
     @property
     def values(self) -> dict[str, Array]:
@@ -90,11 +97,7 @@ class Cosine:
 
     def attach(self, runs: Runs) -> Controller:
         schedule = values_of(self.values, runs.task.optimizer)
-        schedule = replace(schedule, lr=schedule.lr * self.lr_factor)
-        progress = (np.arange(runs.task.horizon) + 0.5) / runs.task.horizon
-        values = schedule.values(progress)
-        table = [{name: float(values[name][row]) for name in CONTROLS} for row in range(runs.task.horizon)]
-        return Listed(table, runs.runs)
+        return Listed.of(replace(schedule, lr=schedule.lr * self.lr_factor), runs)
 
 
 @dataclass(frozen=True)

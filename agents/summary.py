@@ -7,7 +7,7 @@ the interval of its best validation loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -79,7 +79,7 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
     return {"tasks": tasks, "summary": summary}
 
 
-def losses(runs: list[Run], measure: str) -> Array:
+def losses(runs: Sequence[Run], measure: str) -> Array:
     """Capped losses, `[runs]`: `val` at the end, `val_best`, `test` at the best validation loss, `test_final`."""
     taken: Callable[[Run], float] = {
         "val": lambda run: run.val_loss[-1],
@@ -197,7 +197,7 @@ def _against_searches(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
             ]
             figures |= _interval(f"{measure}_log_ratio", interquartile_mean(by_task))
         table["random"][str(cost)] = figures
-    for name in evaluation.budget.searches:
+    for name in next(iter(evaluation.searches.values())):
         everywhere = {label: found[name] for label, found in evaluation.searches.items()}
         table[name] = {}
         for cost in _costs([search for searches in everywhere.values() for search in searches]):

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import norm, rankdata
 
 from hpo_env.base_schedules import BaseSchedule
-from hpo_env.hyperparameters import CONTROLS, Array
+from hpo_env.hyperparameters import Array
 from inner_models.tasks import Task
 
 from .application import Controller, Runs
@@ -57,11 +57,7 @@ class Configured:
     schedule: BaseSchedule
 
     def attach(self, runs: Runs) -> Controller:
-        progress = (np.arange(runs.task.horizon) + 0.5) / runs.task.horizon
-        values = self.schedule.values(progress)
-        return Listed(
-            [{name: float(values[name][row]) for name in CONTROLS} for row in range(len(progress))], runs.runs
-        )
+        return Listed.of(self.schedule, runs)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,9 @@ class WarmStart:
         fewest = min(counts.values())
         if not 1 <= self.neighbours <= fewest:
             studied = ", ".join(f"{count} with {name}" for name, count in counts.items())
-            raise ValueError(f"neighbours must lie in 1..{fewest}, not {self.neighbours}; tasks studied: {studied}")
+            raise ValueError(
+                f"neighbours must lie in 1..{fewest}, not {self.neighbours}; tasks studied: {studied}; study more"
+            )
 
     @classmethod
     def fit(
@@ -176,9 +178,7 @@ class WarmStart:
         return from_unit(self.tables[task.optimizer].settings[trial], task.optimizer)
 
     def attach(self, runs: Runs) -> Controller:
-        horizon = runs.task.horizon
-        values = self.suggest(runs.task).values((np.arange(horizon) + 0.5) / horizon)
-        return Listed([{name: float(values[name][row]) for name in CONTROLS} for row in range(horizon)], runs.runs)
+        return Listed.of(self.suggest(runs.task), runs)
 
     def check(self, optimizer: str) -> None:
         """Raise a ValueError unless tasks with this optimizer were studied."""
@@ -222,8 +222,9 @@ class WarmStart:
         Raises:
             ValueError: it is damaged, or something else.
         """
+        state = load_state(path)
         try:
-            return cls.from_state_dict(load_state(path))
+            return cls.from_state_dict(state)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -22,31 +22,20 @@ from agents.architecture_choice import (
 )
 from agents.cells import Store
 from agents.controllers import WithPolicy
-from agents.files import write_atomically
 from agents.final_loss import Curve, FinalLoss, Trained, intervals_of
-from agents.measures import LOSS_FLOOR, capped, expected_at_best, interquartile_mean, log_ratio, mean
+from agents.measures import LOSS_FLOOR, expected_at_best, interquartile_mean, log_ratio, mean
 from agents.policy import ControlPolicy
 from agents.state_file import save_state
+from agents.summary import losses
 from agents.tuner import pretrained_path
 from hpo_env.hyperparameters import Array
 from inner_models.splits import META_VALIDATION
 from inner_models.tasks import Task
-from scripts.common import Quiet, console, known, progress_bar, run_main, write_json
+from scripts.common import Quiet, at_least, known, run_main, work_bar, write_json
 from scripts.evaluate import default_cache
-from scripts.reporting.drawing import POLICY, legend, paper, powers_of_two, save, subplots
-from scripts.reporting.sheet import Sheet
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-RANDOM, PRESENT, HYPERBAND = "the best of n at random", "halving by present loss", "Hyperband"
-PREDICTED = "halving by predicted loss"
-STYLES: dict[str, dict[str, str]] = {
-    RANDOM: {"color": "#777777", "ls": "--", "marker": "."},
-    PRESENT: {"color": "#332288", "marker": "s"},
-    HYPERBAND: {"color": "#117733", "marker": "D"},
-    PREDICTED: {"color": POLICY, "marker": "o"},
-}
+from scripts.reporting.architecture_choice_plots import HYPERBAND, PREDICTED, PRESENT, RANDOM, figure, sheets_of
+from scripts.reporting.drawing import save
+from scripts.reporting.sheet import present
 
 DRAWS = 8
 """Of Hyperband, for each run."""
@@ -60,7 +49,7 @@ class Config(Quiet):
     """Learn on meta-train to foretell final losses, and choose models for meta-validation's data sets with it.
 
     Prints, for each way to choose, what is lost by it against the best candidate, and what it costs. Needs the extras
-    `compare` (figure) and `data`. Takes some five minutes on 2 cores; runs are kept in the cache.
+    `compare` (figure) and `data`. Takes some eleven minutes on 2 cores; runs are kept in the cache.
 
         python scripts/choose_architecture.py --json results/architecture_choice.json
     """
@@ -104,8 +93,7 @@ class Spent:
 
 
 def main(config: Config) -> None:
-    if min(config.trials, config.seeds, config.workers) < 1:
-        raise ValueError("--trials, --seeds and --workers must be 1 or more")
+    at_least(config, 1, "tasks", "trials", "seeds", "workers")
     store = Store(config.cache or default_cache())
     judged, learned_from = _judged(config), problems(config.tasks)
     learning = _trained("menus to learn from", learned_from, config.trials, store, config)
@@ -116,11 +104,7 @@ def main(config: Config) -> None:
     rows = [_row(group, name, way, menus) for group, ways in _groups(predictor).items() for name, way in ways.items()]
     gains = [_gain(share, predictor, menus) for share in SHARES]
     ranks = [_ranks(part, predictor, menus) for part in PARTS]
-    sheets = [_regrets(rows), _gains(gains), _correlations(ranks)]
-    for sheet in sheets:
-        console.print(sheet.to_rich())
-    if config.markdown:
-        write_atomically(config.markdown, "\n\n".join([*(sheet.body() for sheet in sheets), ""]).encode())
+    present(sheets_of(rows, gains, ranks), config.markdown)
     if config.figure:
         save({config.figure.stem: figure(rows, ranks)}, config.figure.parent)
     if config.json:
@@ -140,15 +124,8 @@ def _judged(config: Config) -> list[Task]:
 
 def _trained(what: str, tasks: Sequence[Task], runs: int, store: Store, config: Config) -> list[Trained]:
     method = WithPolicy(ControlPolicy.load(pretrained_path()))
-    with progress_bar(what, 1000) as update:
-        return train_menus(
-            tasks,
-            method,
-            range(runs),
-            store,
-            workers=config.workers,
-            report=lambda done, total, name: update(round(1000 * done / max(total, 1e-9)), name),
-        )
+    with work_bar(what) as report:
+        return train_menus(tasks, method, range(runs), store, workers=config.workers, report=report)
 
 
 Way = Callable[[Trained, int], Spent]
@@ -194,10 +171,9 @@ def _ends(menu: Trained, run: int) -> tuple[Array, Array, Array]:
     """Of each candidate: how far its validation and its test loss are above those of the best by validation loss, as
     log ratios; and the seconds that it took. `[candidates]` each."""
     runs = [one[run] for one in menu.runs]
-    initial = [one.initial_loss for one in runs]
-    val, test = (capped(losses, initial) for losses in ([r.val_loss[-1] for r in runs], [r.test_loss for r in runs]))
-    best = int(val.argmin())
-    on_val, on_test = (log_ratio(losses, np.full(len(runs), losses[best])) for losses in (val, test))
+    ends = {kind: losses(runs, kind) for kind in ("val", "test")}
+    best = int(ends["val"].argmin())
+    on_val, on_test = (log_ratio(own, np.full(len(runs), own[best])) for own in ends.values())
     return on_val, on_test, np.array([one.seconds for one in runs])
 
 
@@ -269,67 +245,9 @@ def _ranks(part: float, predictor: FinalLoss, menus: Sequence[Trained]) -> dict[
     return {"part": part, **{name: _interval(found) for name, found in strata.items()}}
 
 
-def _regrets(rows: Sequence[dict[str, Any]]) -> Sheet:
-    head = ["way", "runs", "regret", "normalized", "on test", *rows[0]["regret"]["by_dataset"]]
-    groups: dict[str, list[list[str]]] = {row["kind"]: [] for row in rows}
-    for row in rows:
-        cells = [_number(row[name]) for name in ("regret", "normalized", "test")]
-        by_dataset = [f"{value:.3f}" for value in row["regret"]["by_dataset"].values()]
-        groups[row["kind"]].append([row["way"], f"{row['runs']['mean']:.1f}", *cells, *by_dataset])
-    title = f"regret: ln(final loss of the chosen model / of the best), n = {rows[0]['n']}"
-    return Sheet(title, tuple(head), groups)
-
-
-def _gains(gains: Sequence[dict[str, Any]]) -> Sheet:
-    lines = [[f"{row['share']:.0%}", _number(row), _number({"mean": row["iqm"], "ci": row["iqm_ci"]})] for row in gains]
-    title = "regret of halving by present loss less that by predicted loss: above 0 the prediction is better"
-    return Sheet.plain(title, ["share that goes on", "mean", "interquartile mean"], lines)
-
-
-def _correlations(ranks: Sequence[dict[str, Any]]) -> Sheet:
-    lines = [[f"{row['part']:g}", *(_number(row[name]) for name in ("present", "predicted"))] for row in ranks]
-    return Sheet.plain("rank correlation with the final loss", ["share of the run", "present", "predicted"], lines)
-
-
-def _number(found: Mapping[str, Any]) -> str:
-    return f"{found['mean']:.3f} [{found['ci'][0]:.3f}, {found['ci'][1]:.3f}]"
-
-
 def _model(task: Task) -> str:
     spec = task.model
     return spec.kind if spec.kind == "linear" else f"{spec.kind} {spec.width} x {spec.depth}"
-
-
-@paper
-def figure(rows: Sequence[dict[str, Any]], ranks: Sequence[dict[str, Any]]) -> Figure:
-    """Regret against cost, and rank correlations."""
-    found, ((*costs, order),) = subplots(1, 3, width=10.0, height=3.6)
-    for axes, name, title in zip(
-        costs,
-        ("regret", "normalized"),
-        (f"regret (n = {rows[0]['n']})", "regret / that of a random choice, by data set"),
-        strict=True,
-    ):
-        for kind, style in STYLES.items():
-            chosen = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["runs"]["mean"])
-            _errorbar(axes, [(row["runs"]["mean"], row[name]) for row in chosen], label=kind, **style)
-        powers_of_two(axes, 1, 8)
-        axes.set(xlabel="full runs of a candidate", title=title)
-        axes.set_ylim(bottom=0)
-    legend(found, costs[0], columns=4)
-    for name, style in {"present": STYLES[PRESENT], "predicted": STYLES[PREDICTED]}.items():
-        _errorbar(order, [(row["part"], row[name]) for row in ranks], label=name, **style)
-    powers_of_two(order, ranks[0]["part"], ranks[-1]["part"])
-    order.set(xticks=PARTS, xticklabels=["1/8", "1/4", "1/2"], xlabel="share of the run")
-    order.set(title="rank correlation with the final loss")
-    order.legend(loc="lower right")
-    return found
-
-
-def _errorbar(axes: Any, points: Sequence[tuple[float, Mapping[str, Any]]], **style: str) -> None:
-    values = np.array([[found["mean"], *found["ci"]] for _, found in points])
-    errors = np.abs(values[:, 1:] - values[:, :1]).T
-    axes.errorbar([at for at, _ in points], values[:, 0], errors, markersize=4, **style)
 
 
 if __name__ == "__main__":

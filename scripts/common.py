@@ -88,6 +88,13 @@ def known(what: str, name: str, names: list[str]) -> str:
     return name
 
 
+def at_least(config: Any, least: int, *names: str) -> None:
+    """Fail unless each of these settings is `least` or more."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(config, name)}")
+
+
 def check_device(device: str) -> None:
     """Fail unless torch can use `device`."""
     kind = device.split(":")[0]
@@ -111,8 +118,15 @@ def check_out(out: Path) -> None:
 
 def write_config(out: Path, script: str, config: Any) -> None:
     """Write the effective settings of a script, a dataclass, into its run's folder."""
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    values = asdict(config, dict_factory=lambda entries: {key: _plain(value) for key, value in entries})
     write_json(out / CONFIG_FILE, {"script": script, **values})
+
+
+def _plain(value: Any) -> Any:
+    """A setting for JSON."""
+    if isinstance(value, tuple | list):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -145,6 +159,14 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int, str], 
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(description, total=total, remark="")
         yield lambda done, remark: progress.update(bar, completed=done, remark=remark)
+
+
+@contextmanager
+def work_bar(description: str) -> Iterator[Callable[[float, float, str], None]]:
+    """A progress bar of work: the yielded function takes the work done, all of it, and a remark, as
+    `agents.cells.run_cells` reports them."""
+    with progress_bar(description, 1000) as update:
+        yield lambda done, total, remark: update(round(1000 * done / max(total, 1e-9)), remark)
 
 
 def tensorboard_hint(folder: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from agents.cells import Store
 from agents.evaluation import BUDGETS, SPLITS, Budget, Evaluation, evaluate, scaled
-from agents.learned import read
+from agents.learned import read_all
 from agents.optional import require
 from agents.policy import ControlPolicy
 from agents.searches import publish
@@ -27,9 +27,9 @@ from scripts.common import (
     check_out,
     console,
     known,
-    progress_bar,
     run_main,
     tensorboard_hint,
+    work_bar,
     write_config,
     write_json,
 )
@@ -64,7 +64,7 @@ class Config(Quiet):
     """Policy file; the one that ships with hyperpilot when left out."""
     learned: tuple[Path, ...] = ()
     """Files of other learned methods, to be judged beside: what measure_warm_start.py and learn_schedule.py
-    leave with --save, and measure_surrogate.py with --out."""
+    leave with --save, measure_surrogate.py and measure_recurrent_search.py with --out; one of each kind."""
     split: Literal["meta-validation", "meta-validation-small", "meta-test"] = "meta-validation"
     """Which tasks: meta-test is run once per shipped policy, meta-validation decides between designs."""
     budget: Literal["quick", "full"] = "quick"
@@ -104,19 +104,22 @@ def main(config: Config) -> None:
             raise ValueError(f"{name.replace('_', '-')} must be a positive number, not {getattr(config, name)}")
     budget = _budget(config)
     tasks = [scaled(task, horizon=config.horizon_factor, width=config.width_factor) for task in _tasks(config)]
-    for package in ("matplotlib", "schedulefree", "prodigyopt", *(("optuna", "cmaes") if budget.searches else ())):
-        require(package, extra="compare")  # rather now than after hours
     policy = ControlPolicy.load(config.policy or pretrained_path())
-    learned = dict(read(path) for path in config.learned)
+    learned = read_all(config.learned)
     for method, task in product(learned.values(), tasks):
         method.check(task.optimizer)
+    packages = ["matplotlib", "schedulefree", "prodigyopt"]
+    packages += ["optuna"] if budget.searches or "recurrent-search" in learned else []
+    packages += ["cmaes"] if budget.searches else []
+    for package in packages:
+        require(package, extra="compare")  # rather now than after hours
     seen = sorted(datasets_of(tuple(tasks)) & datasets_of(META_TRAIN))
     if seen:
         console.print(f"note: {', '.join(seen)} may have been trained on: part of meta-train", soft_wrap=True)
     check_out(config.out)
     store = Store(config.cache or default_cache())
     started = time.perf_counter()
-    with progress_bar("evaluating", 1000) as update:
+    with work_bar("evaluating") as report:
         evaluation = evaluate(
             policy,
             tasks,
@@ -125,7 +128,7 @@ def main(config: Config) -> None:
             learned=learned,
             workers=config.workers,
             device=config.device,
-            report=lambda done, total, name: update(round(1000 * done / max(total, 1e-9)), name),
+            report=report,
         )
     result = summarize(evaluation)
     result["provenance"] = {
@@ -164,7 +167,7 @@ def _write(config: Config, evaluation: Evaluation, result: dict[str, Any]) -> No
     write_config(config.out, "evaluate", config)
     console.print(f"figures, tables and curves are in {config.out}", soft_wrap=True)
     console.print(tensorboard_hint(config.out / "tensorboard"), soft_wrap=True)
-    if evaluation.budget.searches:
+    if any(evaluation.searches.values()):
         console.print(f"look at the searches: optuna-dashboard {storage}", soft_wrap=True)
 
 

@@ -18,7 +18,7 @@ from agents.policy import ControlPolicy
 from agents.trajectory import TRAJECTORY_FILE, Trajectory
 from agents.tuner import pretrained_path
 from hpo_env.hyperparameters import CONTROLS
-from scripts.common import Quiet, check_device, check_out, console, progress_bar, run_main, write_config, write_json
+from scripts.common import Quiet, check_device, check_out, console, run_main, work_bar, write_config, write_json
 from scripts.evaluate import default_cache
 from scripts.reporting.inspection_plots import write, write_run
 from scripts.reporting.sheet import Sheet
@@ -126,7 +126,7 @@ def decision_sheet(trajectory: Trajectory) -> Sheet:
 def _inspect(config: Config, policy: ControlPolicy) -> dict[str, Any]:
     started = time.perf_counter()
     store = Store(config.cache or default_cache())
-    with progress_bar("inspecting", 1000) as update:
+    with work_bar("inspecting") as report:
         inspection = inspect(
             policy,
             SPLITS[config.split],
@@ -134,7 +134,7 @@ def _inspect(config: Config, policy: ControlPolicy) -> dict[str, Any]:
             store,
             workers=config.workers,
             device=config.device,
-            report=lambda done, total, name: update(round(1000 * done / max(total, 1e-9)), name),
+            report=report,
         )
     sheets = importance_sheets(inspection)
     for sheet in sheets:

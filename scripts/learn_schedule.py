@@ -14,24 +14,24 @@ from joblib import Parallel, delayed
 
 from agents.application import Run, train, train_cohort
 from agents.calibration import RandomTrials
-from agents.evaluation import SPLITS, labels
-from agents.files import write_atomically
+from agents.evaluation import SPLITS, chosen, labels
 from agents.hypergradient_schedule import Config as Learning
 from agents.hypergradient_schedule import EveryStep, LearnedSchedule, learn
-from agents.measures import capped, expected_at_best, interquartile_mean, log_ratio
+from agents.measures import expected_at_best, interquartile_mean, log_ratio
 from agents.optional import require
 from agents.provenance import provenance
 from agents.schedules import Cosine
 from agents.state_file import save_state
+from agents.summary import losses
 from agents.unrolled import Problem
 from hpo_env.base_schedules import calibrated
 from hpo_env.hyperparameters import Array
 from inner_models.splits import META_TRAIN_SMALL
 from inner_models.tasks import Task
 from inner_models.workers import give_back_memory, one_thread_each
-from scripts.common import Quiet, console, known, progress_bar, run_main, write_json
+from scripts.common import Quiet, at_least, progress_bar, run_main, write_json
 from scripts.reporting.drawing import POLICY, paper, save, subplots
-from scripts.reporting.sheet import Sheet
+from scripts.reporting.sheet import Sheet, present, with_ends
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,8 +99,11 @@ class Losses:
 
 def main(config: Config) -> None:
     tasks, windows = _tasks(config), [_window(name) for name in config.unroll]
-    if config.seeds < 2 or config.adapt < 0 or config.workers < 1 or not windows:
-        raise ValueError("--seeds must be 2 or more, --adapt 0 or more, --workers 1 or more and --unroll not empty")
+    at_least(config, 2, "seeds")
+    at_least(config, 1, "workers")
+    at_least(config, 0, "adapt")
+    if not windows:
+        raise ValueError(f"--unroll takes numbers of steps from 1 on, or {WHOLE}, one or more of them")
     settings = [
         Learning(config.updates, unroll, config.replicas, memory=config.memory) for unroll in (*windows, windows[-1])
     ]
@@ -136,10 +139,7 @@ def main(config: Config) -> None:
         searched = [_random(task, trials, config.seeds) for task in tasks.values()]
         rows.append(_row(f"best of {trials} random trials", tasks, base, searched) | {"runs on the task": trials})
     head, *lines = _cells(rows)
-    sheet = Sheet.plain("log ratio to the calibrated cosine: above 0 better", head, lines)
-    console.print(sheet.to_rich())
-    if config.markdown:
-        write_atomically(config.markdown, f"{sheet.body()}\n".encode())
+    present([Sheet.plain("log ratio to the calibrated cosine: above 0 better", head, lines)], config.markdown)
     if config.save:
         save_state(config.save, learned[last].schedule.state_dict())
     if config.figure:
@@ -152,12 +152,10 @@ def main(config: Config) -> None:
 
 def _tasks(config: Config) -> dict[str, Task]:
     split = labels([task for task in SPLITS[config.split] if task.optimizer == "adamw"])
-    for name in config.tasks:
-        known("task", name, list(split))
-    chosen = {name: task for name, task in split.items() if not config.tasks or name in config.tasks}
-    for task in chosen.values() if config.adapt else ():
+    tasks = chosen(split, config.tasks)
+    for task in tasks.values() if config.adapt else ():
         Problem.of(task)
-    return chosen
+    return tasks
 
 
 def _window(name: str) -> int | None:
@@ -212,8 +210,7 @@ def _torch(task: Task, schedule: LearnedSchedule, seeds: Sequence[int]) -> Losse
 
 
 def _losses(runs: Sequence[Run]) -> Losses:
-    initial = [run.initial_loss for run in runs]
-    return Losses(capped([run.val_loss[-1] for run in runs], initial), capped([run.test_loss for run in runs], initial))
+    return Losses(losses(runs, "val"), losses(runs, "test"))
 
 
 def _random(task: Task, trials: int, seeds: int) -> Losses:
@@ -241,7 +238,7 @@ def _cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The table, its head first."""
     lines = [["method", "n", "validation", "test", *rows[0]["val"]["by_task"], "inner steps to learn", "CPU s"]]
     for row in rows:
-        ratios = [f"{row[k]['iqm']:+.3f} [{row[k]['ci'][0]:+.3f}, {row[k]['ci'][1]:+.3f}]" for k in ("val", "test")]
+        ratios = [with_ends(row[kind]["iqm"], row[kind]["ci"]) for kind in ("val", "test")]
         by_task = [f"{value:+.3f}" for value in row["val"]["by_task"].values()]
         cost = [f"{row['inner_steps']:,}", f"{row['cpu_seconds']:.0f}"] if "inner_steps" in row else ["", ""]
         if "runs on the task" in row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,12 @@ import numpy as np
 import torch
 
 from agents.class_pairs import ClassPairs, network, scored, starts
-from agents.files import write_atomically
 from agents.maml import Config as MetaTraining
-from agents.measures import Interval, mean
-from scripts.common import Quiet, console, known, progress_bar, run_main, write_json
+from agents.measures import mean
+from agents.provenance import provenance
+from scripts.common import Quiet, at_least, known, progress_bar, run_main, write_json
 from scripts.reporting.drawing import POLICY, legend, paper, save, subplots
-from scripts.reporting.sheet import Sheet
+from scripts.reporting.sheet import Sheet, present, with_ends
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,8 +61,8 @@ class Config(Quiet):
 def main(config: Config) -> None:
     for name in config.models:
         known("model", name, ["linear", "mlp"])
-    if config.seeds < 1:
-        raise ValueError(f"--seeds must be 1 or more, not {config.seeds}")
+    at_least(config, 1, "seeds", "iterations")
+    started = time.process_time()
     cells = [(dataset, model) for dataset in config.datasets for model in config.models]
     rows: list[dict[str, Any]] = []
     with progress_bar("MAML", len(cells) * config.seeds) as update:
@@ -77,14 +78,11 @@ def main(config: Config) -> None:
                 rows.append(
                     {**about, "n": sum(map(len, strata)), "accuracy": value.value, "ci": [value.low, value.high]}
                 )
-    sheets = [_sheet(dataset, model, rows) for dataset, model in cells]
-    for sheet in sheets:
-        console.print(sheet.to_rich())
-    if config.markdown:
-        text = "\n\n".join(sheet.to_markdown() for sheet in sheets)
-        write_atomically(config.markdown, (text + "\n").encode())
+    present([_sheet(dataset, model, rows) for dataset, model in cells], config.markdown)
     if config.json:
-        write_json(config.json, {"rows": rows, "seeds": config.seeds, "iterations": config.iterations})
+        settings = {name: getattr(config, name) for name in ("seeds", "held_out", "iterations")}
+        cost = {"cpu_seconds": time.process_time() - started, "computed_on": provenance("cpu")}
+        write_json(config.json, {"rows": rows, **settings, **cost})
     if config.figure:
         save({config.figure.stem: draw(rows, cells)}, config.figure.parent)
 
@@ -150,8 +148,7 @@ def _of(rows: list[dict[str, Any]], dataset: str, model: str) -> Mapping[str, li
     found: dict[str, list[str]] = {}
     for row in rows:
         if (row["data set"], row["model"]) == (dataset, model):
-            value = Interval(row["accuracy"], *row["ci"])
-            found.setdefault(row["method"], []).append(f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]")
+            found.setdefault(row["method"], []).append(with_ends(row["accuracy"], row["ci"], ""))
     return found
 
 

@@ -15,8 +15,7 @@ import torch
 from agents.adaptation import Settings, adapt
 from agents.application import Run, train_cohort
 from agents.controllers import WithPolicy
-from agents.evaluation import labels
-from agents.files import write_atomically
+from agents.evaluation import chosen, labels
 from agents.measures import expected_at_best, expected_best, log_ratio, mean, trials_to_reach, win_rate
 from agents.optional import require
 from agents.policy import ControlPolicy
@@ -26,8 +25,8 @@ from agents.tuner import pretrained_path
 from hpo_env.hyperparameters import Array
 from inner_models.splits import META_VALIDATION
 from inner_models.tasks import Task
-from scripts.common import Quiet, console, known, progress_bar, run_main, write_json
-from scripts.reporting.sheet import Sheet
+from scripts.common import Quiet, at_least, progress_bar, run_main, write_json
+from scripts.reporting.sheet import Sheet, present, with_ends
 
 FRESH = 2_000_000
 """First seed of the runs that are judged: no adaptation and no other evaluation has trained with it."""
@@ -38,7 +37,8 @@ class Config(Quiet):
     """Adapt a policy to tasks of meta-validation, and judge it on fresh seeds, paired, against itself as it was.
 
     The same number of runs, one more included, could have gone into further seeds of the policy as it was, of which the
-    best by validation loss is kept. Needs the extra `data`, and `compare` for the figure. Takes half an hour.
+    best by validation loss is kept. Needs the extra `data`, and `compare` for the figure. Takes a few minutes
+    of one core.
 
         python scripts/measure_adaptation.py --json runs/adaptation.json --figure docs/figures/adaptation.png
     """
@@ -65,25 +65,20 @@ class Config(Quiet):
 
 def main(config: Config) -> None:
     policy = ControlPolicy.load(config.policy or pretrained_path())
-    tasks = labels(META_VALIDATION)
-    for name in config.tasks:
-        known("task", name, list(tasks))
-    if min(config.adaptations, config.seeds) < 1 or config.others < config.seeds:
-        raise ValueError("adaptations and seeds must be at least 1, and others no fewer than seeds")
+    tasks = chosen(labels(META_VALIDATION), config.tasks)
+    at_least(config, 1, "adaptations", "seeds")
+    at_least(config, config.seeds, "others")
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
-    with progress_bar("measuring", len(config.tasks) * len(config.episodes)) as update:
-        for label in config.tasks:
+    with progress_bar("measuring", len(tasks) * len(config.episodes)) as update:
+        for label in tasks:
             before = train_cohort(tasks[label], WithPolicy(policy), range(FRESH, FRESH + config.others))
             for episodes in config.episodes:
                 rows.append({"task": label, **_row(config, policy, tasks[label], episodes, before)})
                 update(len(rows), f"{label}, {episodes} episodes")
     title = "ln(loss of the policy as it was / adapted): above 0 adaptation is better"
-    sheet = Sheet.plain(title, HEAD, map(_cells, rows))
-    console.print(sheet.to_rich())
-    if config.markdown:
-        write_atomically(config.markdown, f"{sheet.body()}\n".encode())
+    present([Sheet.plain(title, HEAD, map(_cells, rows))], config.markdown)
     if config.figure:
         draw(rows, config.figure)
     origin = {**provenance("cpu"), "policy": policy.digest, "seconds": round(time.perf_counter() - started)}
@@ -130,7 +125,7 @@ HEAD = [
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    gains = [f"{row[k]['gain']:+.3f} [{row[k]['ci'][0]:+.3f}, {row[k]['ci'][1]:+.3f}]" for k in ("val", "test")]
+    gains = [with_ends(row[kind]["gain"], row[kind]["ci"]) for kind in ("val", "test")]
     seeds = [f"{row[kind]['best_of_seeds']:+.3f}" for kind in ("val", "test")]
     seeds[0] += f" (of {row['seeds_to_choose_from']})"
     capped = {kind: row[kind]["worth_seeds"] >= row["seeds_at_most"] for kind in ("val", "test")}

@@ -13,7 +13,6 @@ import numpy as np
 from agents.application import Run
 from agents.cells import Cell, Store, run_cells
 from agents.controllers import WithPolicy
-from agents.files import write_atomically
 from agents.linear_probe import Probed, code_size, labelled, probe_inputs
 from agents.measures import interquartile_mean, log_ratio, mean, win_rate
 from agents.policy import ControlPolicy
@@ -23,10 +22,10 @@ from agents.tuner import pretrained_path
 from inner_models.families import FamilyKind, family
 from inner_models.splits import META_VALIDATION, datasets_of
 from inner_models.tasks import Task
-from scripts.common import Quiet, console, known, progress_bar, run_main, write_json
+from scripts.common import Quiet, at_least, known, run_main, work_bar, write_json
 from scripts.evaluate import default_cache
 from scripts.reporting.drawing import POLICY, legend, paper, save, subplots
-from scripts.reporting.sheet import Sheet
+from scripts.reporting.sheet import Sheet, present, with_ends
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,8 +75,8 @@ Runs = Mapping[tuple[Task, str], list[Run]]
 
 
 def main(config: Config) -> None:
-    if min(config.members, config.seeds) < 2 or min(config.epochs, config.workers) < 1:
-        raise ValueError("--members and --seeds must be 2 or more, --epochs and --workers 1 or more")
+    at_least(config, 2, "members", "seeds")
+    at_least(config, 1, "epochs", "workers")
     if not config.parents or not config.kinds:
         raise ValueError("--parents and --kinds must not be empty")
     allowed = sorted(datasets_of(META_VALIDATION))
@@ -95,11 +94,7 @@ def main(config: Config) -> None:
     for kind in dict.fromkeys(config.kinds):
         rows.append(_row(kind, ALL, [families[kind, parent] for parent in parents], runs))
     probes = [_probe(parent, tasks, runs) for (kind, parent), tasks in families.items() if kind == "embedding"]
-    sheets = [_ratios_sheet(rows), *([_probes_sheet(probes)] if probes else [])]
-    for sheet in sheets:
-        console.print(sheet.to_rich())
-    if config.markdown:
-        write_atomically(config.markdown, "\n\n".join(sheet.to_markdown() for sheet in sheets).encode() + b"\n")
+    present([_ratios_sheet(rows), *([_probes_sheet(probes)] if probes else [])], config.markdown)
     if config.figure:
         save({config.figure.stem: figure(rows, probes)}, config.figure.parent)
     about = {
@@ -124,13 +119,8 @@ def _run(config: Config, policy: ControlPolicy, tasks: Sequence[Task], store: St
         for task in tasks
         for name, method in methods.items()
     }
-    with progress_bar("measuring families", 1000) as update:
-        run_cells(
-            list(cells.values()),
-            store,
-            workers=config.workers,
-            report=lambda done, total, name: update(round(1000 * done / max(total, 1e-9)), name),
-        )
+    with work_bar("measuring families") as report:
+        run_cells(list(cells.values()), store, workers=config.workers, report=report)
     return {key: store.load(cell) for key, cell in cells.items()}  # type: ignore[misc]
 
 
@@ -181,10 +171,6 @@ def _probe(parent: str, tasks: Sequence[Task], runs: Runs) -> dict[str, Any]:
     }
 
 
-def _with_interval(value: float, ends: Sequence[float]) -> str:
-    return f"{value:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]"
-
-
 def _ratios_sheet(rows: Sequence[dict[str, Any]]) -> Sheet:
     columns = [(other, loss) for other in OTHERS for loss in ("val", "test")]
     head = [
@@ -197,7 +183,7 @@ def _ratios_sheet(rows: Sequence[dict[str, Any]]) -> Sheet:
     groups: dict[str, list[list[str]]] = {}
     for row in rows:
         found = [row["against"][other][loss] for other, loss in columns]
-        ratios = [_with_interval(entry["iqm"], entry["ci"]) for entry in found]
+        ratios = [with_ends(entry["iqm"], entry["ci"]) for entry in found]
         shares = [f"{row['against']['calibrated']['test']['win_rate']:.0%}", f"{row['out_of_depth_share']:.1%}"]
         groups.setdefault(row["kind"], []).append([row["parent"], str(row["runs"]), *ratios, *shares])
     return Sheet("log ratio of the other's loss to the policy's: above 0 the policy is better", tuple(head), groups)
@@ -211,7 +197,7 @@ def _probes_sheet(probes: Sequence[dict[str, Any]]) -> Sheet:
             row["parent"],
             row["score"],
             *(f"{row['mean'][name]:.3f}" for name in names),
-            _with_interval(row["gain"]["mean"], row["gain"]["ci"]),
+            with_ends(row["gain"]["mean"], row["gain"]["ci"]),
         ]
         for row in probes
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +13,10 @@ import torch
 from joblib import Parallel, delayed
 from scipy.stats import spearmanr
 
-from agents.application import Run
-from agents.calibration import SEARCHED, RandomTrials
+from agents.calibration import SEARCHED
 from agents.cells import Cell, Store, run_cells
 from agents.emulators import Emulators, flattened
-from agents.evaluation import SPLITS, Budget, labels
-from agents.files import write_atomically
+from agents.evaluation import SPLITS, Budget, bank, chosen, labels
 from agents.measures import Interval, capped, expected_at_best, expected_best, interquartile_mean, log_ratio
 from agents.meta_dataset import Studied, draw, study
 from agents.optional import require
@@ -28,18 +26,17 @@ from agents.provenance import provenance
 from agents.recurrent_search import RecurrentSearch
 from agents.schedules import Cosine
 from agents.searches import OptunaSearch, Searched, SearchName
+from agents.summary import losses
 from hpo_env.base_schedules import calibrated
 from hpo_env.hyperparameters import Array
 from inner_models.splits import META_TRAIN
 from inner_models.tasks import Task
 from inner_models.workers import one_thread_each
-from scripts.common import Quiet, console, known, progress_bar, run_main, write_json
+from scripts.common import Quiet, at_least, known, progress_bar, run_main, work_bar, write_json
 from scripts.evaluate import default_cache
 from scripts.reporting.drawing import save
 from scripts.reporting.recurrent_search_plots import Figures, search_figure, sheets_of
-
-CHUNK = 64
-"""Trials of a bank that train as one cell: as the judge's, whose cells serve here, too."""
+from scripts.reporting.sheet import present
 
 LEARNED: dict[str, dict[str, Any]] = {
     "lstm": {},
@@ -54,12 +51,13 @@ class Config(Quiet):
     """Learn to search on meta-train, and judge the search on meta-validation.
 
     Prints what the search finds by training, beside Optuna's samplers and random search; what it finds on emulators of
-    data sets held out; and how well emulators predict trials left out. Needs the extras `compare` and `data`. Takes a
-    quarter of an hour on 2 cores; all runs but its own searches are kept in the cache. The figures in the docs are the
+    data sets held out; and how well emulators predict trials left out. Needs the extras `compare` and `data`. Takes
+    some eleven minutes on 2 cores; all runs but its own searches are kept in the cache. The figures in the docs are the
     second command's.
 
         python scripts/measure_recurrent_search.py --json runs/recurrent_search.json
-        python scripts/measure_recurrent_search.py --tasks 192 --trials 64 --bank 256 --held-out --json runs/full.json
+        python scripts/measure_recurrent_search.py --tasks 192 --trials 64 --bank 256 --searches tpe gp --held-out
+            --learned lstm lstm-without-features lstm-blind --json runs/full.json
     """
 
     tasks: int = 96
@@ -68,15 +66,16 @@ class Config(Quiet):
     """Random trials of each of these."""
     updates: int = Learning.updates
     """Of a proposer's weights."""
-    learned: tuple[str, ...] = tuple(LEARNED)
-    """Which proposers: with the trials alone, with the task's meta-features, with all scores hidden."""
+    learned: tuple[str, ...] = ("lstm", "lstm-blind")
+    """Which proposers: lstm reads the task's meta-features, lstm-without-features the trials alone, and from lstm-blind
+    all scores are hidden."""
     held_out: bool = False
     """Also learn on three quarters of the data sets, and search emulators of the rest."""
     split: Literal["meta-validation-small", "meta-validation"] = "meta-validation"
     """Where the tasks come from that are judged."""
     judged: tuple[str, ...] = ()
     """Only these tasks of the split."""
-    searches: tuple[SearchName, ...] = ("tpe", "gp")
+    searches: tuple[SearchName, ...] = ("tpe",)
     """Optuna's samplers beside it; each also with the calibrated schedule as its first trial."""
     budget: int = 32
     """Trials of a search."""
@@ -123,20 +122,19 @@ class Found:
 
 
 def main(config: Config) -> None:
-    tasks = _tasks(config)
+    tasks = chosen(labels(SPLITS[config.split]), config.judged)
     for name in config.learned:
         known("proposer", name, list(LEARNED))
-    if min(config.tasks, config.updates, config.workers) < 1 or not 2 <= config.seeds <= Budget.seeds:
-        raise ValueError(f"--tasks, --updates and --workers must be 1 or more and --seeds 2 to {Budget.seeds}")
-    if not 2 <= config.budget <= config.bank or not config.learned:
-        raise ValueError("--budget must be 2 or more, --bank no less, and --learned not empty")
+    at_least(config, 1, "tasks", "updates", "workers")
+    at_least(config, 2, "seeds", "budget", "trials")
+    at_least(config, config.budget, "bank")
+    if config.seeds > Budget.seeds or not config.learned:
+        raise ValueError(f"--seeds must be {Budget.seeds} or less, not {config.seeds}, and --learned not empty")
     for package in ("matplotlib", *(["optuna"] if config.searches else [])):
         require(package, extra="compare")  # rather now than after a quarter of an hour
     store = Store(config.cache or default_cache())
-    with progress_bar("studying meta-train", 1000) as update:
-        studied = study(
-            draw(META_TRAIN, config.tasks), config.trials, store, workers=config.workers, report=_of(update)
-        )
+    with work_bar("studying meta-train") as report:
+        studied = study(draw(META_TRAIN, config.tasks), config.trials, store, workers=config.workers, report=report)
     inside, outside = _parts(studied) if config.held_out else (studied, [])
     learned = _learn_all(config, studied, inside, outside)
     if config.out:
@@ -153,11 +151,7 @@ def main(config: Config) -> None:
             for name, best in curves.items()
             if best is not None
         }
-    sheets = sheets_of(result)
-    for sheet in sheets:
-        console.print(sheet.to_rich())
-    if config.markdown:
-        write_atomically(config.markdown, "\n\n".join(sheet.to_markdown() for sheet in sheets).encode() + b"\n")
+    present(sheets_of(result), config.markdown)
     if config.figure:
         save({config.figure.stem: search_figure(result)}, config.figure.parent)
     if config.json:
@@ -168,17 +162,6 @@ def main(config: Config) -> None:
             "computed_on": provenance("cpu"),
         }
         write_json(config.json, {**result, **about})
-
-
-def _tasks(config: Config) -> dict[str, Task]:
-    split = labels(SPLITS[config.split])
-    for name in config.judged:
-        known("task", name, list(split))
-    return {name: task for name, task in split.items() if not config.judged or name in config.judged}
-
-
-def _of(update: Callable[[int, str], None]) -> Callable[[float, float, str], None]:
-    return lambda done, total, name: update(round(1000 * done / max(total, 1e-9)), name)
 
 
 def _parts(studied: Sequence[Studied]) -> tuple[list[Studied], list[Studied]]:
@@ -263,8 +246,8 @@ def _judge(
     """What each method has found on each task, and the calibrated schedule's own losses, `[seeds, 1]`."""
     cells = {label: _cells(config, task) for label, task in tasks.items()}
     every = [cell for of_task in cells.values() for of_method in of_task.values() for cell in of_method]
-    with progress_bar("searching meta-validation", 1000) as update:
-        run_cells(every, store, workers=config.workers, report=_of(update))
+    with work_bar("searching meta-validation") as report:
+        run_cells(every, store, workers=config.workers, report=report)
     jobs = [(label, name) for label in tasks for name in proposers]
     calls = (delayed(_search)(proposers[name], config.budget, tasks[label], config.seeds) for label, name in jobs)
     own: dict[tuple[str, str], list[Searched]] = {}
@@ -277,11 +260,11 @@ def _judge(
         found: dict[str, list[Any]] = {
             name: [r for cell in of_method for r in store.load(cell)] for name, of_method in cells[label].items()
         }
-        runs, bank = found.pop("calibrated")[: config.seeds], found.pop("random")
+        runs, trials = found.pop("calibrated")[: config.seeds], found.pop("random")
         found |= {name: own[label, name] for name in proposers}
         initial = np.array([[run.initial_loss] for run in runs])
-        base[label] = Found(*(losses[:, None] for losses in _losses(runs)))
-        val, test = _losses(bank)
+        base[label] = Found(*(losses(runs, kind)[:, None] for kind in ("val", "test")))
+        val, test = losses(trials, "val"), losses(trials, "test")
         expected = (curve[: config.budget] for curve in (expected_best(val), expected_at_best(val, test)))
         judged[label] = {"random": Found(*(np.tile(curve, (config.seeds, 1)) for curve in expected))}
         for name, studies in found.items():
@@ -292,14 +275,10 @@ def _judge(
 
 def _cells(config: Config, task: Task) -> dict[str, list[Cell]]:
     """What others run on a task, by method; the random bank is the judge's."""
-    parts = [range(start, min(start + CHUNK, config.bank)) for start in range(0, config.bank, CHUNK)]
     starts = {"": (), " from calibrated": (calibrated(task.optimizer),)}
     return {
         "calibrated": [Cell(task, Cosine("calibrated"), tuple(range(Budget.seeds)))],
-        "random": [
-            Cell(task, RandomTrials(part.start, len(part)), tuple(trial % Budget.seeds for trial in part))
-            for part in parts
-        ],
+        "random": bank(task, config.bank),
         **{
             f"{name}{start}": [
                 Cell(task, OptunaSearch(name, config.budget, first=first), (seed,)) for seed in range(config.seeds)
@@ -308,12 +287,6 @@ def _cells(config: Config, task: Task) -> dict[str, list[Cell]]:
             for start, first in starts.items()
         },
     }
-
-
-def _losses(runs: Sequence[Run]) -> tuple[Array, Array]:
-    """Final validation losses and test losses at the best validation loss, `[runs]` each, finite."""
-    initial = [run.initial_loss for run in runs]
-    return capped([run.val_loss[-1] for run in runs], initial), capped([run.test_loss for run in runs], initial)
 
 
 def _search(proposer: Proposer, budget: int, task: Task, seeds: int) -> list[Searched]:

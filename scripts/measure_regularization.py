@@ -12,16 +12,15 @@ import numpy as np
 
 from agents.cells import Store
 from agents.evaluation import labels
-from agents.files import write_atomically
 from agents.measures import Interval, interquartile_mean, win_rate
 from agents.meta_dataset import draw
 from agents.regularization import Effect, measure
 from inner_models.splits import META_TRAIN, META_VALIDATION
 from inner_models.tasks import Regularizer
-from scripts.common import Quiet, console, progress_bar, run_main, write_json
+from scripts.common import Quiet, at_least, run_main, work_bar, write_json
 from scripts.evaluate import default_cache
 from scripts.reporting.drawing import LABELS, legend, paper, save, subplots
-from scripts.reporting.sheet import Sheet
+from scripts.reporting.sheet import Sheet, present, with_ends
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,26 +73,17 @@ class Row:
 
 
 def main(config: Config) -> None:
-    if config.tasks < 1:
-        raise ValueError(f"--tasks must be at least 1, not {config.tasks}")
+    at_least(config, 1, "tasks", "workers")
     tasks = labels(META_VALIDATION if config.split == "meta-validation" else draw(META_TRAIN, config.tasks, 0))
     started = time.perf_counter()
-    with progress_bar("measuring", 1000) as update:
-        effects = measure(
-            tasks,
-            config.strengths,
-            store := Store(config.cache or default_cache()),
-            seeds=config.seeds,
-            workers=config.workers,
-            report=lambda done, total, name: update(round(1000 * done / max(total, 1e-9)), name),
-        )
+    store = Store(config.cache or default_cache())
+    with work_bar("measuring") as report:
+        effects = measure(tasks, config.strengths, store, seeds=config.seeds, workers=config.workers, report=report)
     rows = list(_rows(effects, config.strengths))
     sheets = (
         [_sheet(rows), _by_task(effects, config.strengths)] if config.split == "meta-validation" else [_sheet(rows)]
     )
-    console.print(*(sheet.to_rich() for sheet in sheets), sep="\n")
-    if config.markdown:
-        write_atomically(config.markdown, ("\n\n".join(sheet.body() for sheet in sheets) + "\n").encode())
+    present(sheets, config.markdown)
     if config.figure:
         save({config.figure.stem: figure(effects, rows, config.strengths)}, config.figure.parent)
     record = {
@@ -146,7 +136,7 @@ def _by_task(effects: Sequence[Effect], strengths: Sequence[float]) -> Sheet:
 
 
 def _shown(interval: Interval) -> str:
-    return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+    return with_ends(interval.value, (interval.low, interval.high))
 
 
 @paper

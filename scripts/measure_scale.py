@@ -13,15 +13,17 @@ from agents.policy import ControlPolicy
 from agents.scale import OTHERS, Point, measure
 from agents.tuner import pretrained_path
 from inner_models.tasks import Task
-from scripts.common import Quiet, check_device, console, known, progress_bar, run_main, write_json
+from scripts.common import Quiet, check_device, console, known, run_main, work_bar, write_json
 from scripts.evaluate import default_cache
 from scripts.reporting.sheet import Sheet
 
 
 @dataclass
 class Config(Quiet):
-    """Measure a policy at points of an axis: against the calibrated schedule, the base schedule, AdamW's defaults, and
-    its own mean trajectory on the same task where nothing is changed, replayed without looking.
+    """Measure a policy at points of an axis: lengths, widths, wrong labels, wrong starts.
+
+    Against it stand the calibrated schedule, the base schedule, AdamW's defaults, and the policy's own mean trajectory
+    on the same task where nothing is changed, replayed without looking.
 
     Needs the packages of the extra `data`. Leaves a JSON file and prints its tables, for people and as Markdown. Takes
     from minutes to an hour on 2 cores, in proportion to the points, tasks and seeds; what has been run is kept in the
@@ -57,7 +59,7 @@ def main(config: Config) -> None:
     check_device(config.device)
     policy = ControlPolicy.load(config.policy or pretrained_path())
     started = time.perf_counter()
-    with progress_bar(f"measuring ({config.axis})", 1000) as update:
+    with work_bar(f"measuring ({config.axis})") as report:
         rows = measure(
             policy,
             _tasks(config),
@@ -66,7 +68,7 @@ def main(config: Config) -> None:
             seeds=config.seeds,
             workers=config.workers,
             device=config.device,
-            report=lambda done, total, name: update(round(1000 * done / max(total, 1e-9)), name),
+            report=report,
         )
     title = "log ratio of the other's loss to the policy's: above 0 the policy is better"
     sheet, by_task = (Sheet.plain(title, head, lines) for head, *lines in (_cells(rows), _by_task(rows)))

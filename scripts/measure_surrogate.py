@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,7 @@ from agents.application import Run
 from agents.calibration import RandomTrials, sample_schedules
 from agents.cells import Cell, Store, run_cells
 from agents.ensemble import Fit
-from agents.evaluation import SPLITS, Budget, labels
-from agents.files import write_atomically
+from agents.evaluation import SPLITS, bank, chosen, labels
 from agents.measures import (
     Interval,
     capped,
@@ -40,13 +39,11 @@ from hpo_env.base_schedules import BaseSchedule, calibrated
 from hpo_env.hyperparameters import Array
 from inner_models.splits import META_TRAIN
 from inner_models.tasks import Task
-from scripts.common import Quiet, console, known, progress_bar, run_main, write_json
+from scripts.common import Quiet, at_least, run_main, work_bar, write_json
 from scripts.evaluate import default_cache
 from scripts.reporting.drawing import save
+from scripts.reporting.sheet import present
 from scripts.reporting.surrogate_plots import Figures, search_figure, sheets_of, surrogate_figure
-
-CHUNK = 64
-"""Trials of a bank that train as one cell: as the judge's, whose cells serve here, too."""
 
 PREDICTORS = ("surrogate", "without meta-features", "present loss")
 
@@ -59,8 +56,8 @@ class Config(Quiet):
 
     Prints how its predictions rank trials (zero-shot, and from parts of their curves), what its first proposal is worth
     in one trial, and what its proposals save searches that begin with them. Needs the extras `compare` and `data`.
-    Takes about a quarter of an hour on 2 cores; what has been run is kept in the cache. The figures in the docs are the
-    second command's.
+    Takes some nine minutes on 2 cores, two where measure_warm_start.py has run; what has been run is kept in the cache.
+    The figures in the docs are the second command's.
 
         python scripts/measure_surrogate.py --json runs/surrogate.json
         python scripts/measure_surrogate.py --tasks 192 --trials 64 --searches tpe gp --json results/surrogate.json
@@ -125,24 +122,27 @@ class Judged:
 
 
 def main(config: Config) -> None:
-    tasks = _tasks(config)
-    if config.tasks < 1 or config.seeds < 2 or not 1 <= config.search_seeds <= config.seeds:
-        raise ValueError("--tasks must be 1 or more, --seeds 2 or more, --search-seeds in 1..seeds")
-    if not 1 <= config.first <= config.budget <= config.bank or config.workers < 1 or config.parts in (-1, 1):
-        raise ValueError("--first <= --budget <= --bank are needed, --workers 1 or more, and --parts 0 or 2 or more")
+    tasks = chosen(labels(SPLITS[config.split]), config.judged)
+    at_least(config, 1, "tasks", "workers", "first", "search_seeds")
+    at_least(config, 2, "seeds", "trials", *(["parts"] if config.parts else []))
+    at_least(config, config.search_seeds, "seeds")
+    at_least(config, config.first, "budget")
+    at_least(config, config.budget, "bank")
     drawn = draw(META_TRAIN, config.tasks)
     datasets = len({task.dataset for task in drawn})
     learned_from = datasets - math.ceil(datasets / config.parts) if config.parts else datasets
     if learned_from < FIT.members:
         raise ValueError(
-            f"--tasks {config.tasks} leave {learned_from} data sets to learn from, and {FIT.members} are needed"
+            f"--tasks {config.tasks} leave {learned_from} data sets to learn from, {FIT.members} are needed; take more"
         )
+    if config.parts > datasets:
+        raise ValueError(f"--parts must be {datasets} or less, as many as there are data sets, not {config.parts}")
     for package in ("matplotlib", "optuna"):
         require(package, extra="compare")  # rather now than after a quarter of an hour
     proposer = Proposer.load(config.proposer) if config.proposer else None
     store = Store(config.cache or default_cache())
-    with progress_bar("studying meta-train", 1000) as update:
-        studied = study(drawn, config.trials, store, workers=config.workers, report=_share_of(update))
+    with work_bar("studying meta-train") as report:
+        studied = study(drawn, config.trials, store, workers=config.workers, report=report)
     fit = replace(FIT, steps=config.steps)
     surrogate, blind = Surrogate.fit(studied, fit), Surrogate.fit(studied, fit, names=())
     if config.out:
@@ -160,28 +160,13 @@ def main(config: Config) -> None:
     }
     if config.parts:
         result["held_out"] = _held_out(studied, config.parts, fit)
-    sheets = sheets_of(result)
-    for sheet in sheets:
-        console.print(sheet.to_rich())
-    if config.markdown:
-        write_atomically(config.markdown, "\n\n".join(sheet.to_markdown() for sheet in sheets).encode() + b"\n")
+    present(sheets_of(result), config.markdown)
     if config.figures:
         save({"surrogate": surrogate_figure(result), "surrogate-searches": search_figure(result)}, config.figures)
     if config.json:
         names = ("tasks", "trials", "seeds", "bank", "first", "budget", "search_seeds")
         settings = {name: getattr(config, name) for name in names}
         write_json(config.json, {**result, **settings, "computed_on": provenance("cpu")})
-
-
-def _tasks(config: Config) -> dict[str, Task]:
-    split = labels(SPLITS[config.split])
-    for name in config.judged:
-        known("task", name, list(split))
-    return {name: task for name, task in split.items() if not config.judged or name in config.judged}
-
-
-def _share_of(update: Callable[[int, str], None]) -> Callable[[float, float, str], None]:
-    return lambda done, total, name: update(round(1000 * done / max(total, 1e-9)), name)
 
 
 def _judge(
@@ -194,7 +179,7 @@ def _judge(
     searches: dict[str, dict[str, list[Cell]]] = {}
     for label, task in tasks.items():
         runs[label] = {
-            "bank": _bank(task, config.bank),
+            "bank": bank(task, config.bank),
             "calibrated": [Cell(task, Cosine("calibrated"), seeds)],
             "proposed": [Cell(task, Configured(proposals[label][0]), seeds)],
         }
@@ -208,11 +193,11 @@ def _judge(
             for start, first in starts.items()
         }
     every = [cell for of in (runs, searches) for named in of.values() for cells in named.values() for cell in cells]
-    with progress_bar("judging", 1000) as update:
-        run_cells(every, store, workers=config.workers, report=_share_of(update))
+    with work_bar("judging") as report:
+        run_cells(every, store, workers=config.workers, report=report)
     for label, task in tasks.items():
-        bank, base, own = (_load(store, cells) for cells in runs[label].values())
-        expected = expected_best(losses(bank, "val"))[: config.budget]
+        trials, base, own = (_load(store, cells) for cells in runs[label].values())
+        expected = expected_best(losses(trials, "val"))[: config.budget]
         best = {"random": np.tile(expected, (config.search_seeds, 1))}
         done = {name: _load(store, cells) for name, cells in searches[label].items()}
         if proposer:
@@ -220,20 +205,12 @@ def _judge(
         for name, of_kind in done.items():
             pairs = zip(of_kind, base, strict=False)  # fewer searches than runs
             best[name] = np.stack([capped(search.best, run.initial_loss) for search, run in pairs])
-        found[label] = Judged(task, proposals[label], bank, base, own, best)
+        found[label] = Judged(task, proposals[label], trials, base, own, best)
     return found
 
 
 def _load(store: Store, cells: Sequence[Cell]) -> list[Any]:
     return [result for cell in cells for result in store.load(cell)]
-
-
-def _bank(task: Task, trials: int) -> list[Cell]:
-    """The judge's random search."""
-    parts = [range(start, min(start + CHUNK, trials)) for start in range(0, trials, CHUNK)]
-    return [
-        Cell(task, RandomTrials(part.start, len(part)), tuple(trial % Budget.seeds for trial in part)) for part in parts
-    ]
 
 
 def _ranks(models: Mapping[str, Surrogate | None], one: Judged) -> dict[str, dict[float, float]]:

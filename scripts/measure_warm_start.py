@@ -11,8 +11,7 @@ import numpy as np
 
 from agents.cells import Cell, Store, run_cells
 from agents.controllers import WithPolicy
-from agents.evaluation import SPLITS, ablations, bank, labels
-from agents.files import write_atomically
+from agents.evaluation import SPLITS, ablations, bank, chosen, labels
 from agents.measures import LOSS_FLOOR, Interval, interquartile_mean, mean, random_search_equivalents, win_rate
 from agents.meta_dataset import Studied, draw, study
 from agents.meta_features import LANDMARK_COST
@@ -26,10 +25,10 @@ from agents.warm_start import METRICS, PolicyWarmStart, WarmStart
 from hpo_env.hyperparameters import Array
 from inner_models.splits import META_TRAIN
 from inner_models.tasks import Task
-from scripts.common import Quiet, console, known, progress_bar, run_main, write_json
+from scripts.common import Quiet, at_least, run_main, work_bar, write_json
 from scripts.evaluate import default_cache
 from scripts.reporting.drawing import POLICY, paper, powers_of_two, save, subplots
-from scripts.reporting.sheet import Sheet
+from scripts.reporting.sheet import Sheet, present, with_ends
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +46,7 @@ class Config(Quiet):
 
     Prints the normalized regret of the first trial and its log ratios to the calibrated schedule for each distance, for
     the policy, and for the policy from the warm start; and whether the distances order the tasks studied by how well
-    their best trials transfer. Needs the extras `compare` (figure) and `data`. Takes a quarter of an hour on 2 cores;
+    their best trials transfer. Needs the extras `compare` (figure) and `data`. Takes some eight minutes on 2 cores;
     what has been run is kept in the cache.
 
         python scripts/measure_warm_start.py --json results/warm_start.json --figure docs/figures/warm_start.png
@@ -84,9 +83,9 @@ class Config(Quiet):
 
 
 def main(config: Config) -> None:
-    judged = _judged(config)
-    if min(config.tasks, config.neighbours, config.workers) < 1 or min(config.folds, config.seeds, config.bank) < 2:
-        raise ValueError("--tasks, --neighbours, --workers must be 1 or more, --folds, --seeds, --bank 2 or more")
+    judged = chosen(labels(SPLITS["meta-validation"]), config.judge)
+    at_least(config, 1, "tasks", "neighbours", "workers")
+    at_least(config, 2, "trials", "folds", "seeds", "bank")
     policy = ControlPolicy.load(config.policy or pretrained_path())
     store = Store(config.cache or default_cache())
     studied = _study(draw(META_TRAIN, config.tasks), "studying meta-train", config, store)
@@ -107,11 +106,7 @@ def main(config: Config) -> None:
     }
     for metric in METRICS:
         orders[metric]["meta-train, held out"] = curve[metric].pop("order")
-    sheets = [_methods(rows), _orders(orders, len(judged), len(studied))]
-    for sheet in sheets:
-        console.print(sheet.to_rich())
-    if config.markdown:
-        write_atomically(config.markdown, "\n\n".join(sheet.to_markdown() for sheet in sheets).encode() + b"\n")
+    present([_methods(rows), _orders(orders, len(judged), len(studied))], config.markdown)
     if config.save:
         starts["euclidean"].save(config.save)
     if config.figure:
@@ -127,22 +122,9 @@ def main(config: Config) -> None:
         write_json(config.json, {**found, "settings": settings, **about, "computed_on": provenance("cpu")})
 
 
-def _judged(config: Config) -> dict[str, Task]:
-    split = labels(SPLITS["meta-validation"])
-    for name in config.judge:
-        known("task", name, list(split))
-    return {name: task for name, task in split.items() if not config.judge or name in config.judge}
-
-
 def _study(tasks: Sequence[Task], doing: str, config: Config, store: Store) -> list[Studied]:
-    with progress_bar(doing, 1000) as update:
-        return study(
-            tasks,
-            config.trials,
-            store,
-            workers=config.workers,
-            report=lambda done, total, name: update(round(1000 * done / total), name),
-        )
+    with work_bar(doing) as report:
+        return study(tasks, config.trials, store, workers=config.workers, report=report)
 
 
 def _rows(methods: Mapping[str, Any], judged: Mapping[str, Task], config: Config, store: Store) -> list[dict[str, Any]]:
@@ -150,13 +132,9 @@ def _rows(methods: Mapping[str, Any], judged: Mapping[str, Task], config: Config
     seeds = tuple(range(config.seeds))
     cells = {name: [Cell(task, method, seeds) for task in judged.values()] for name, method in methods.items()}
     banks = [bank(task, config.bank) for task in judged.values()]
-    with progress_bar("judging", 1000) as update:
-        run_cells(
-            [cell for own in (*cells.values(), *banks) for cell in own],
-            store,
-            workers=config.workers,
-            report=lambda done, total, name: update(round(1000 * done / total), name),
-        )
+    every = [cell for own in (*cells.values(), *banks) for cell in own]
+    with work_bar("judging") as report:
+        run_cells(every, store, workers=config.workers, report=report)
     found = {name: [store.load(cell) for cell in own] for name, own in cells.items()}
     trials = [[run for cell in bank for run in store.load(cell)] for bank in banks]
     logs = {kind: [_logs(losses(runs, kind)) for runs in trials] for kind in ("val", "test")}  # type: ignore[arg-type]
@@ -226,7 +204,7 @@ def _interval(interval: Interval) -> dict[str, Any]:
 
 
 def _shown(figures: Mapping[str, Any], sign: str = "+") -> str:
-    return f"{figures['value']:{sign}.3f} [{figures['ci'][0]:{sign}.3f}, {figures['ci'][1]:{sign}.3f}]"
+    return with_ends(figures["value"], figures["ci"], sign)
 
 
 def _methods(rows: Sequence[Mapping[str, Any]]) -> Sheet:

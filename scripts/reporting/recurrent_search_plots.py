@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scripts.reporting.drawing import POLICY, legend, paper, powers_of_two, subplots
-from scripts.reporting.sheet import Sheet
+from scripts.reporting.sheet import Sheet, with_ends
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ def sheets_of(result: Figures) -> list[Sheet]:
 
 
 def _signed(figures: Figures) -> str:
-    return f"{figures['value']:+.3f} [{figures['ci'][0]:+.3f}, {figures['ci'][1]:+.3f}]"
+    return with_ends(figures["value"], figures["ci"])
 
 
 _STYLES: dict[str, dict[str, Any]] = {

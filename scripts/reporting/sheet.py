@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 from rich.table import Table
+
+from agents.files import write_atomically
+from scripts.common import console
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,19 @@ class Sheet:
                 lines.append([f"**{name}**", *("" for _ in self.head[1:])])
             lines += [list(row) for row in rows]
         return "\n".join(pipes(line) for line in lines)
+
+
+def present(sheets: Sequence[Sheet], markdown: Path | None) -> None:
+    """Print tables, and write them to the file `markdown` where there is one."""
+    for sheet in sheets:
+        console.print(sheet.to_rich())
+    if markdown:
+        write_atomically(markdown, "\n\n".join(sheet.to_markdown() for sheet in sheets).encode() + b"\n")
+
+
+def with_ends(value: float, ends: Sequence[float], sign: str = "+") -> str:
+    """A figure and its interval, in three digits after the point."""
+    return f"{value:{sign}.3f} [{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]"
 
 
 def pipes(cells: Sequence[str]) -> str:

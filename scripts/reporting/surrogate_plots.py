@@ -11,7 +11,7 @@ import numpy as np
 
 from agents.surrogate import SHARES
 from scripts.reporting.drawing import POLICY, legend, paper, powers_of_two, subplots
-from scripts.reporting.sheet import Sheet
+from scripts.reporting.sheet import Sheet, with_ends
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def sheets_of(result: Figures) -> list[Sheet]:
 
 
 def _signed(figures: Figures) -> str:
-    return f"{figures['value']:+.3f} [{figures['ci'][0]:+.3f}, {figures['ci'][1]:+.3f}]"
+    return with_ends(figures["value"], figures["ci"])
 
 
 _COLORS = (POLICY, "#332288", "#777777")

@@ -65,6 +65,11 @@ LEARNED: dict[str, str] = {
     "learned-schedule": "a schedule learned by hypergradients; the calibrated batch size and dropout",
 }
 
+LEARNED_SEARCH = {
+    "recurrent-search": "the calibrated schedule, then what an LSTM proposes that reads the trials so far; landmarks "
+    "are in the cost"
+}
+
 _VARIANTS = ("replay-same-task", "without-guard", "with-initial-loss", "length-not-told")
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -311,7 +316,7 @@ def _bank(task: Mapping[str, Any]) -> str:
 
 def _settings(result: Mapping[str, Any]) -> list[str]:
     known: dict[str, str] = {"random": _RANDOM, **population_based.SETTINGS}
-    known |= {str(name): setting for name, setting in searches.SETTINGS.items()}
+    known |= {str(name): setting for name, setting in searches.SETTINGS.items()} | LEARNED_SEARCH
     methods = {name: (SETTINGS | LEARNED).get(name, "") for name in result["summary"]["against"]}
     methods |= {name: known.get(name, "") for name in result["summary"]["against_searches"]}
     values = {

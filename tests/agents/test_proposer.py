@@ -135,7 +135,7 @@ def test_what_is_saved_comes_back(tasks: list[Studied], tmp_path: Path) -> None:
     given = (history, torch.full((8, 4), 0.2), torch.zeros(8), torch.ones(8, 4))
     assert torch.equal(proposer(*given)[0], again(*given)[0])
     save_state(tmp_path / "other.safetensors", {"kind": "surrogate"})
-    with pytest.raises(ValueError, match="holds no recurrent-search but 'surrogate'"):
+    with pytest.raises(ValueError, match=r"other\.safetensors: this is not .* recurrent-search but of 'surrogate'"):
         Proposer.load(tmp_path / "other.safetensors")
 
 

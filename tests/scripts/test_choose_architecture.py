@@ -92,9 +92,9 @@ class _Reversed:
 
 
 def test_bad_input(door: Door) -> None:
-    one_line(door(choose_architecture, "--seeds", 0, status=2), "--trials, --seeds and --workers must be 1 or more")
+    one_line(door(choose_architecture, "--seeds", 0, status=2), "--seeds must be 1 or more, not 0")
     one_line(door(choose_architecture, "--datasets", "satimag", status=2), "'satimag'", "'satimage'")
-    one_line(door(choose_architecture, "--tasks", 0, status=2), "at least 1 task is needed to learn from, not 0")
+    one_line(door(choose_architecture, "--tasks", 0, status=2), "--tasks must be 1 or more, not 0")
 
 
 @pytest.mark.usefixtures("tiny")

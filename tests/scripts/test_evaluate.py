@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,17 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents import evaluation
-from agents.cells import Cell
+from agents.cells import Cell, Store
+from agents.ensemble import Fit
 from agents.evaluation import Budget
+from agents.hypergradient_schedule import LearnedSchedule
+from agents.meta_dataset import study
+from agents.proposer import Config as Learning
+from agents.proposer import Proposer
 from agents.schedules import Constant, Cosine
+from agents.state_file import save_state
+from agents.surrogate import Surrogate
+from agents.warm_start import WarmStart
 from inner_models.tasks import Task
 from scripts import evaluate
 from tests.scripts.doors import Door, one_line
@@ -90,6 +99,43 @@ def test_nothing_is_run_twice(door: Door, policy: Path, tmp_path: Path, computed
     random_policy(seed=9).save(other)
     judge(door, other, tmp_path / "c")
     assert {type(cell.method).__name__ for cell in computed} == {"WithPolicy", "Replay"}
+
+
+def saved(folder: Path) -> list[Path]:
+    """A file of each kind that was learned on a few runs, with both optimizers but for the schedule."""
+    tasks = [replace(one, dataset=name) for one in TASKS for name in ("digits", "vowel", "vehicle", "wine", "segment")]
+    studied = study(tasks, 4, Store(folder / "cache"), workers=1)
+    WarmStart.fit(studied, neighbours=2).save(folder / "a.safetensors")
+    Surrogate.fit(studied, Fit(steps=2)).save(folder / "b.safetensors")
+    Proposer.fit(studied, Learning(hidden=8, trials=2, updates=1, batch=2)).save(folder / "c.safetensors")
+    save_state(folder / "d.safetensors", LearnedSchedule.untrained().state_dict())
+    return [folder / f"{name}.safetensors" for name in "abcd"]
+
+
+def test_what_was_learned_stands_beside_the_policy(door: Door, policy: Path, tmp_path: Path) -> None:
+    files = saved(tmp_path)
+    judge(door, policy, tmp_path / "out", "--tasks", "wine", "--learned", *files)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    one_trial = {"warm-start", "surrogate", "learned-schedule"}
+    assert one_trial <= set(result["summary"]["against"])
+    assert set(result["summary"]["against_searches"]) == {"random", "tpe", "recurrent-search"}
+    assert list(result["summary"]["against_searches"]["recurrent-search"])[-1] == "4"  # 3 trials and the landmarks
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    assert all(f"- `{name}`: " in tables for name in (*one_trial, "recurrent-search"))
+    studies = optuna.get_all_study_names(f"sqlite:///{tmp_path / 'out' / 'studies.db'}")
+    assert sum("recurrent-search" in name for name in studies) == 2
+    told = judge(door, policy, tmp_path / "no", "--learned", files[3], status=2)
+    one_line(told, "learned for adamw, and means nothing to sgd")
+    told = judge(door, policy, tmp_path / "no", "--learned", files[0], files[0], status=2)
+    one_line(told, "a.safetensors is a second warm-start")
+    told = judge(door, policy, tmp_path / "no", "--learned", tmp_path / "none.safetensors", status=2)
+    one_line(told, "there is no file", "none.safetensors")
+    save_state(tmp_path / "e.safetensors", {"kind": "surrogate", "names": []})
+    told = judge(door, policy, tmp_path / "no", "--learned", tmp_path / "e.safetensors", status=2)
+    one_line(told, "e.safetensors holds no surrogate that this version can read")
+    told = judge(door, policy, tmp_path / "no", "--learned", policy, status=2)
+    one_line(told, "policy.safetensors is damaged: it has no checksum")
+    assert not (tmp_path / "no").exists()
 
 
 def test_it_goes_on_after_an_interruption(

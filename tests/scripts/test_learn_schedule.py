@@ -56,7 +56,7 @@ def test_learns_and_judges(door: Door, tmp_path: Path) -> None:
     adapted = rows["whole run, 3 steps on the task"]
     assert adapted["runs on the task"] == 6
     assert adapted["schedules"][0] != adapted["schedules"][1]
-    assert files["markdown"].read_text().count("\n") == 2 + len(rows)
+    assert files["markdown"].read_text().count("\n") == 4 + len(rows)
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 

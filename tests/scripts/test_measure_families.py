@@ -79,5 +79,5 @@ def test_bad_input(door: Door, tmp_path: Path) -> None:
     one_line(door(measure_families, *arguments, "--parents", "wien", status=2), "'wien'", "did you mean 'wine'")
     one_line(door(measure_families, *arguments, "--parents", "digits", status=2), "meta-validation 'digits'")
     one_line(door(measure_families, *arguments, "--parents", "markov-text-0", status=2), "is text, without features")
-    one_line(door(measure_families, *arguments, "--members", 1, status=2), "--members and --seeds must be 2 or more")
+    one_line(door(measure_families, *arguments, "--members", 1, status=2), "--members must be 2 or more, not 1")
     one_line(door(measure_families, *arguments, "--parents", status=2), "--parents and --kinds must not be empty")

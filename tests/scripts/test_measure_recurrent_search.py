@@ -42,6 +42,7 @@ def test_learns_and_judges(door: Door, tmp_path: Path) -> None:
     files = {kind: tmp_path / f"found.{ending}" for kind, ending in (("json", "json"), ("markdown", "md"))}
     arguments = ["--tasks", 4, "--trials", 4, "--updates", 2, "--budget", 3, "--bank", 5, "--workers", 1, "--quiet"]
     arguments += ["--split", "meta-validation-small", "--searches", "tpe", "--held-out", "--cache", tmp_path / "cache"]
+    arguments += ["--learned", *measure_recurrent_search.LEARNED]
     arguments += [part for kind, file in files.items() for part in (f"--{kind}", file)]
     door(measure_recurrent_search, *arguments, "--figure", tmp_path / "a.png", "--out", tmp_path / "a.safetensors")
     found = json.loads(files["json"].read_text())
@@ -72,8 +73,8 @@ def test_bad_input(door: Door, tmp_path: Path) -> None:
     small = ["--split", "meta-validation-small", "--cache", tmp_path]
     one_line(door(measure_recurrent_search, *small, "--judged", "iris/mpl", status=2), "iris/mpl", "iris/mlp")
     one_line(door(measure_recurrent_search, *small, "--learned", "lsmt", status=2), "lsmt", "lstm")
-    one_line(door(measure_recurrent_search, *small, "--seeds", 6, status=2), "--seeds 2 to 5")
-    one_line(door(measure_recurrent_search, *small, "--bank", 8, status=2), "--bank no less")
+    one_line(door(measure_recurrent_search, *small, "--seeds", 6, status=2), "--seeds must be 5 or less, not 6")
+    one_line(door(measure_recurrent_search, *small, "--bank", 8, status=2), "--bank must be 32 or more, not 8")
     few = ["--tasks", 2, "--trials", 2, "--workers", 1, "--held-out", "--quiet"]
     one_line(door(measure_recurrent_search, *small, *few, status=2), "a quarter of 2 data sets", "more --tasks")
 

@@ -92,7 +92,13 @@ def test_learns_and_judges(door: Door, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("tiny")
 def test_bad_input(door: Door) -> None:
     one_line(door(measure_surrogate, "--judged", "teacher-0/mpl", status=2), "teacher-0/mpl", "teacher-0/mlp")
-    one_line(door(measure_surrogate, "--seeds", 1, status=2), "--seeds 2 or more")
-    one_line(door(measure_surrogate, "--first", 33, status=2), "--first <= --budget <= --bank")
-    one_line(door(measure_surrogate, "--parts", 1, status=2), "--parts 0 or 2 or more")
-    one_line(door(measure_surrogate, "--tasks", 2, status=2), "--tasks 2 leave 1 data sets to learn from, and 2 are")
+    one_line(door(measure_surrogate, "--seeds", 1, status=2), "--seeds must be 2 or more, not 1")
+    one_line(door(measure_surrogate, "--first", 33, status=2), "--budget must be 33 or more, not 32")
+    one_line(door(measure_surrogate, "--parts", 1, status=2), "--parts must be 2 or more, not 1")
+    one_line(door(measure_surrogate, "--proposer", "none", "--tasks", 5, status=2), "there is no file none")
+
+
+@pytest.mark.usefixtures("tiny")
+def test_too_few_tasks(door: Door) -> None:
+    one_line(door(measure_surrogate, "--tasks", 2, status=2), "--tasks 2 leave 1 data sets to learn from, 2 are needed")
+    one_line(door(measure_surrogate, "--tasks", 3, "--parts", 9, status=2), "--parts must be 3 or less", "not 9")

@@ -73,8 +73,8 @@ def test_studies_and_judges(door: Door, tmp_path: Path) -> None:
 def test_bad_input(door: Door, tmp_path: Path) -> None:
     cache = ["--cache", tmp_path]
     one_line(door(measure_warm_start, *cache, "--judge", "digits/mpl", status=2), "'digits/mpl'", "'digits/mlp'")
-    one_line(door(measure_warm_start, *cache, "--folds", 1, status=2), "--folds, --seeds, --bank 2 or more")
+    one_line(door(measure_warm_start, *cache, "--folds", 1, status=2), "--folds must be 2 or more, not 1")
     quick = [*QUICK, *cache, "--quiet"]
-    one_line(door(measure_warm_start, *quick, "--trials", 1, status=2), "trials must be at least 2")
+    one_line(door(measure_warm_start, *quick, "--trials", 1, status=2), "--trials must be 2 or more, not 1")
     one_line(door(measure_warm_start, *quick, "--neighbours", 9, status=2), "neighbours must lie in 1..8, not 9")
     one_line(door(measure_warm_start, *quick, "--folds", 5, status=2), "5 folds need as many data sets, not 4")

@@ -25,6 +25,8 @@ def real(name: str, value: Any) -> float:
     Raises:
         ValueError: it is no real number. One that is not finite is.
     """
+    if type(value) is float:
+        return value
     try:
         found = value.item() if isinstance(value, Tensor | np.ndarray | np.generic) else value
         if isinstance(found, SupportsFloat):  # a str is none

@@ -16,8 +16,8 @@ import numpy as np
 from scipy.stats import kurtosis, skew
 
 from hpo_env.base_schedules import calibrated
+from hpo_env.differences import relative_difference
 from hpo_env.hyperparameters import CONTROLS, Array
-from hpo_env.observations import relative_difference
 from inner_models.batched_training import BatchedTraining
 from inner_models.datasets import Modality, Split
 from inner_models.models import Dropout, ModelKind, build_model

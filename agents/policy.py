@@ -102,8 +102,13 @@ class ControlPolicy(nn.Module):
         Returns:
             Actions `[runs, controls]` in -1..1, and the state for the next call.
         """
-        actions = self.on_all_controls(self.means(torch.from_numpy(observation)).clamp(-1, 1))
-        return actions.double().numpy(), state
+        # `means` with fewer of torch's calls, which take most of a decision's time; the same to the last bit.
+        read, mean, std = self._read.numpy(), self.mean.numpy(), self.std.numpy()
+        normalized = ((observation[:, read] - mean) / std).clip(-OBSERVATION_CLIP, OBSERVATION_CLIP)
+        means = self.network(torch.from_numpy(normalized)).numpy()
+        actions = np.zeros((len(observation), len(_CONTROLS)))
+        actions[:, self._moved.numpy()] = means.clip(-1, 1)
+        return actions, state
 
     def out_of_depth(self, observation: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Which runs look unlike any of the meta-training, `[runs]`: a feature lies farther outside of the range that

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, SupportsIndex
 
@@ -161,7 +162,8 @@ class Tuner:
         self._meter = TolerantMeter(optimizer, self._notices)
         self._policy_state: Any = None
         self._verdict: str | None = None
-        self.history: list[dict[str, Any]] = []
+        self._history: list[dict[str, Any]] = []
+        self._unexplained: list[tuple[dict[str, Any], Callable[[], str]]] = []
         self._epochs: list[dict[str, Any]] = []
         self._examples = examples
         self._written: dict[str, float] = {}
@@ -187,6 +189,15 @@ class Tuner:
     def hyperparameters(self) -> dict[str, float]:
         """The values in use, of the controls that this run has."""
         return self._binding.read()
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """See the class. A decision is put into words when somebody reads this: that takes as long as deciding."""
+        for entry, explain in self._unexplained:
+            with self._notices.surviving("explaining a decision"):
+                entry["reason"] = explain()
+        self._unexplained.clear()
+        return self._history
 
     @property
     def epoch(self) -> int:
@@ -312,7 +323,8 @@ class Tuner:
         self._verdict = state["verdict"]
         self._binding.shares = copy.deepcopy(state["shares"])
         self._set(state["hyperparameters"])
-        self.history, self._epochs = copy.deepcopy(state["history"]), copy.deepcopy(state["epochs"])
+        self._unexplained.clear()
+        self._history, self._epochs = copy.deepcopy(state["history"]), copy.deepcopy(state["epochs"])
         self._meter.begin()
         if state["policy"] != self.policy.digest:
             self._notices.tell("policy", "the state is of a run with another policy; from now on this one decides")
@@ -359,7 +371,7 @@ class Tuner:
                 "where it does",
                 self.epoch,
             )
-        before, stay = self._moved(self.hyperparameters), self._moved(self._loop.values_at(self._intervals.progress))
+        before = self._moved(self.hyperparameters)
         chosen = self._apply(self._loop.decide(action, lost, self._intervals.progress))
         entry: dict[str, Any] = {
             "epoch": self.epoch,
@@ -371,20 +383,21 @@ class Tuner:
             "out_of_depth": bool(lost[0]),
             "reason": "",
         }
-        with self._notices.surviving("explaining a decision"):
-            entry["reason"] = reason(
-                self.policy,
-                observation,
-                action,
-                before,
-                stay,
-                chosen,
-                first=not self.epoch,
-                out_of_depth=entry["out_of_depth"],
-                guard=guard,
-                epochs=epochs_per_decision(self.total_epochs),
-            )
-        self.history.append(entry)
+        explain = partial(
+            reason,
+            self.policy,
+            observation,
+            action,
+            before,
+            self._moved(self._loop.without_action),
+            chosen,
+            first=not self.epoch,
+            out_of_depth=entry["out_of_depth"],
+            guard=guard,
+            epochs=epochs_per_decision(self.total_epochs),
+        )
+        self._unexplained.append((entry, explain))
+        self._history.append(entry)
 
     def _moved(self, values: Mapping[str, Any]) -> dict[str, float]:
         """Of these values, those of the controls that the policy may move."""

@@ -218,11 +218,17 @@ class ControlLoop:
         actions = np.asarray(actions, np.float64)
         state.actions = np.where(state.available & ~np.isnan(actions), np.clip(actions, -1, 1), 0)
         first = state.telemetry.interval == 0
-        state.offsets = move(state.offsets, state.actions, first, self._base, self._max_factor)
+        before = state.offsets
+        state.offsets = move(before, state.actions, first, self._base, self._max_factor)
         if to_base is not None:
             state.offsets[to_base] = 0
-        self._set_values(progress)
+        self._set_values(progress, before)
         return self.values()
+
+    @property
+    def without_action(self) -> dict[str, Array]:
+        """The values that the last decision would have given had it moved nothing, `[runs]` each."""
+        return by_name(self._without_action)
 
     def scale_lr(self, run: int, factor: float) -> None:
         """Multiply a run's base learning rate, so that neither the policy's reach nor `max_factor` undoes it."""
@@ -303,7 +309,8 @@ class ControlLoop:
         self._away = SCALES.to_scale(self._base) - SCALES.to_scale(rule)
         self._set_values()
 
-    def _set_values(self, progress: float | None = None) -> None:
+    def _set_values(self, progress: float | None = None, before: Array | None = None) -> None:
+        """Set the values in use; and, at a decision, those that the offsets `before` it would give."""
         telemetry, state = self.state.telemetry, self.state
         if progress is None:  # a run that outlasts its length holds the end
             at = (np.minimum(telemetry.interval, telemetry.horizon - 1) + 0.5) / telemetry.horizon
@@ -312,5 +319,6 @@ class ControlLoop:
         state.distances = state.offsets + self._away
         base = self._base.copy()
         base[:, _INDEX["lr"]] *= self._lr_scale * shape(at, (self.given or self.rule).warmup)
-        moved = apply_offsets(base, state.offsets, self._max_factor)
-        state.values = np.where(state.available, moved, self._fixed)
+        offsets = np.array([state.offsets, state.offsets if before is None else before])
+        moved = apply_offsets(base, offsets, self._max_factor)
+        state.values, self._without_action = np.where(state.available, moved, self._fixed)

@@ -45,11 +45,11 @@ class Telemetry:
         self.horizon = np.full(runs, horizon, np.int64)
         self._rows = np.arange(runs)
         self._history = np.full((len(SIGNALS), runs, horizon + 1), np.nan)
-        self._lagged: dict[int, Array] = {}  # lag -> `[signals, runs]`, as looked up since the last change
+        self._now: Array | None = None  # `[signals, runs]`, looked up when first asked for
 
     def restart(self, runs: NDArray[np.int64], initial: Mapping[str, Array]) -> None:
         """Begin `runs` anew with what is known before training (`[len(runs)]` each; usually `val_loss`, or nothing)."""
-        self._lagged.clear()
+        self._now = None
         self.interval[runs] = 0
         self._history[:, runs] = np.nan
         for index, name in enumerate(SIGNALS):
@@ -61,23 +61,41 @@ class Telemetry:
 
         Past the horizon (a run that outlasts its stated length) the history grows and `interval` goes on.
         """
-        self._lagged.clear()
+        self._now = None
         self.interval += 1
         if self.interval.max() >= self._history.shape[2]:
             self._history = np.concatenate([self._history, np.full_like(self._history, np.nan)], axis=2)
-        for index, name in enumerate(SIGNALS):
-            if name in signals:
-                self._history[index, self._rows, self.interval] = signals[name]
+        missing = np.full(len(self._rows), np.nan)
+        self._history[:, self._rows, self.interval] = [signals.get(name, missing) for name in SIGNALS]
 
-    def value(self, name: str, lag: int = 0) -> Array:
-        """The signal `lag` intervals ago, `[runs]`, to read only; NaN where not measured or before the start."""
-        if lag not in self._lagged:
-            at = self.interval - lag
-            values = self._history[:, self._rows, np.maximum(at, 0)]
-            values[:, at < 0] = np.nan
-            self._lagged[lag] = values
-        signal: Array = self._lagged[lag][_INDEX[name]]
+    def value(self, name: str) -> Array:
+        """The signal now, `[runs]`, to read only; NaN where not measured."""
+        if self._now is None:
+            self._now = self._history[:, self._rows, self.interval]
+        signal: Array = self._now[_INDEX[name]]
         return signal
+
+    def ago(self, signals: NDArray[np.int64], lags: NDArray[np.int64]) -> Array:
+        """Signals, by their places in `SIGNALS`, as they were `lags` intervals ago, `[looks, runs]`; NaN where not
+        measured or before the start.
+
+        Args:
+            signals, lags: `[looks]`.
+        """
+        at = self.interval - lags[:, None]
+        values = self._history[signals[:, None], self._rows, np.maximum(at, 0)]
+        return np.where(at < 0, np.nan, values)
+
+    def first(self, signals: NDArray[np.int64]) -> Array:
+        """The first value of signals, by their places in `SIGNALS`, `[looks, runs]`: that before training, or where it
+        is not finite, that of the first interval."""
+        before, after = self._history[signals, :, 0], self._history[signals, :, 1]
+        return np.where(np.isfinite(before), before, after)
+
+    def best(self, signals: NDArray[np.int64]) -> Array:
+        """The lowest finite value so far of signals, by their places in `SIGNALS`, `[looks, runs]`; else infinity."""
+        past = self._history[signals]
+        return np.asarray(np.where(np.isfinite(past), past, np.inf).min(axis=2))
 
     def past(self, name: str) -> Array:
         """The signal's whole history, `[runs, intervals]`; NaN where not measured."""
@@ -86,5 +104,5 @@ class Telemetry:
 
     def load(self, interval: NDArray[np.int64], history: Mapping[str, Array]) -> None:
         """Take over another telemetry's `interval` and `past` of every signal."""
-        self._lagged.clear()
+        self._now = None
         self.interval, self._history = interval, np.stack([history[name] for name in SIGNALS])

@@ -83,7 +83,9 @@ class GradientMeter:
         ]
         mean = _mean(norms)
         moved = self._began.moved(self._parameters())
-        self.begin()
+        self._steps, self._measured = 0, []
+        if not self._began.go_on():
+            self.begin()
         return {
             "grad_norm": mean,
             "grad_norm_std": math.sqrt(_mean([(norm - mean) * (norm - mean) for norm in norms])),
@@ -161,7 +163,7 @@ class _Measured(NamedTuple):
 
 class _Sample:
     """The entries that are looked at of some parameters, as rows of one tensor: a gradient's, its momentum's, and the
-    parameters' own at the interval's start. All entries of a model of up to `SAMPLED` parameters.
+    parameters' own at the interval's start and at its end. All entries of a model of up to `SAMPLED` parameters.
 
     Attributes:
         scale: parameters for each entry.
@@ -176,9 +178,10 @@ class _Sample:
         self.size = sum(part.numel() for part in parts)
         self.scale = sum(_entries(p, None).numel() for p in parameters) / max(1, self.size)
         dtype = torch.promote_types(parts[0].dtype, torch.float32) if parts else torch.float32
-        self._rows = torch.zeros(3, self.size, dtype=dtype, device=parts[0].device if parts else "cpu")
-        split = [row.split([part.numel() for part in parts]) for row in self._rows] if parts else []
+        self._rows = torch.zeros(4, self.size, dtype=dtype, device=parts[0].device if parts else "cpu")
+        split = [row.split([part.numel() for part in parts]) for row in self._rows] if parts else [[]] * 4
         self._places = [[x.view(part.shape) for x, part in zip(row, parts, strict=True)] for row in split]
+        self._start, self._end, self._whole = 2, 3, False
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
         """Whether it is of these parameters, neither moved nor converted since."""
@@ -190,12 +193,11 @@ class _Sample:
         Returns:
             The row.
         """
-        if self._places:
-            for place, at, tensor in zip(self._places[row], self._slices, tensors, strict=True):
-                if tensor is None:
-                    place.zero_()
-                else:
-                    place.copy_(_entries(tensor, at))
+        for place, at, tensor in zip(self._places[row], self._slices, tensors, strict=True):
+            if tensor is None:
+                place.zero_()
+            else:
+                place.copy_(_entries(tensor, at))
         return self._rows[row]
 
     def products(self) -> Tensor:
@@ -204,23 +206,32 @@ class _Sample:
 
     def start(self) -> None:
         """Remember the parameters as they are."""
-        self.fill(2, [known.parameter for known in self._known])
+        self.fill(self._start, [known.parameter for known in self._known])
 
     def moved(self, parameters: Sequence[Tensor]) -> float:
         """Distance from the start over the norm now, of the parameters that are still among `parameters`, neither moved
         nor converted; NaN where there are none."""
+        self._whole = self.is_of(parameters)
         given = set(map(id, parameters))
-        there = [id(known.parameter) in given and known.is_still(known.parameter) for known in self._known]
+        there = [
+            self._whole or (id(known.parameter) in given and known.is_still(known.parameter)) for known in self._known
+        ]
         if not any(there) or not self.size:
             return math.nan
-        now = self.fill(
-            0, [known.parameter if still else None for known, still in zip(self._known, there, strict=True)]
-        )
-        if not all(there):
-            for place, still in zip(self._places[2], there, strict=True):
-                place.mul_(still)
-        distance, size = (float(torch.linalg.vector_norm(row)) for row in (now - self._rows[2], now))
-        return distance / max(size, 1e-12)
+        seen = [known.parameter if still else None for known, still in zip(self._known, there, strict=True)]
+        now = self.fill(self._end, seen)
+        for place, still in zip(self._places[self._start], there, strict=True):
+            if not still:
+                place.zero_()
+        away = torch.sub(now, self._rows[self._start], out=self._rows[0])  # which no gradient needs any more
+        distance, size = torch.stack(torch._foreach_norm([away, now])).tolist()
+        return float(distance / max(size, 1e-12))
+
+    def go_on(self) -> bool:
+        """Let the next interval start where `moved` has just looked. Returns whether it saw all there is."""
+        if self._whole:
+            self._start, self._end = self._end, self._start
+        return self._whole
 
 
 NOTHING = _Sample([])

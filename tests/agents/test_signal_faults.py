@@ -15,7 +15,7 @@ from torch import nn
 
 from agents import Tuner
 from agents.tuner_state import VERSION
-from inner_models.signals import GradientMeter
+from inner_models.signals import GradientMeter, _Sample
 from tests.faults import signals
 from tests.faults.signals import GRADIENTS, SETTINGS, VALUES, WRONG, Setting, UserRun, out_of_bounds, same
 from tests.tiny import random_policy
@@ -140,6 +140,7 @@ def test_an_interval_that_cannot_begin(monkeypatch: pytest.MonkeyPatch, caplog: 
         run.epoch(epoch)
         with monkeypatch.context() as patch:
             if epoch == 0:
+                patch.setattr(_Sample, "go_on", lambda sample: False)
                 patch.setattr(GradientMeter, "begin", fail)
             tuner.step(train_loss=1.0, val_loss=1.0)
         ratios.append(tuner.history[-1]["observation"][tuner.policy.header.features.index("update_ratio")])

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from hpo_env.actions import RANGES
 from hpo_env.base_schedules import BaseSchedule
 from hpo_env.control import ControlLoop
+from hpo_env.differences import relative_difference
 from hpo_env.env import HPOEnv
 from hpo_env.hyperparameters import CONTROLS
-from hpo_env.observations import FEATURES, HIGH, LOW, relative_difference
+from hpo_env.observations import FEATURES, HIGH, LOW
 from inner_models.signals import SIGNALS
 from tests.rules import flat
 

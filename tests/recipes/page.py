@@ -58,11 +58,11 @@ class Recipe(dict[str, Any]):
 
 
 class Moving:
-    """In place of `ControlPolicy.act`: moves one control up and down, and leaves the rest alone."""
+    """In place of `ControlPolicy.act`: moves one control by these actions in turn, and leaves the rest alone."""
 
-    def __init__(self, control: str) -> None:
+    def __init__(self, control: str, *actions: float) -> None:
         self._control = control
-        self._actions = cycle([1.0, -1.0])
+        self._actions = cycle(actions or (1.0, -1.0))
 
     def __call__(self, observation: NDArray[np.float32], state: Any = None) -> tuple[NDArray[np.float64], Any]:
         action = next(self._actions)

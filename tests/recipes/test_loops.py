@@ -141,9 +141,9 @@ def test_compiled(control: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr(ControlPolicy, "act", Moving(control))
+    monkeypatch.setattr(ControlPolicy, "act", Moving(control, 0.5))
     recipe = Recipe("compiled")
-    recipe["EPOCHS"] = 5
+    recipe["EPOCHS"] = 4
     if control == "dropout":
         recipe["Tuner"] = SimpleNamespace(pretrained=lambda *run, controls, **more: Tuner.pretrained(*run, **more))
     recipe.run()

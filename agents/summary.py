@@ -7,7 +7,7 @@ the interval of its best validation loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -39,6 +39,9 @@ from .searches import Searched
 
 MEASURES = ("val", "test")
 REFERENCE = "calibrated"
+NEAR = 1.05
+"""A bad start is made good if the run ends within this factor of the loss that it ends with from the good start."""
+
 COSTS = (2, 4, 8, 16, 32, 64, 128, 256)
 """Costs, in full runs, at which searches are compared."""
 
@@ -73,6 +76,7 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
     ):
         summary[f"{key}_log_ratio_ci"] = against[name]["val_log_ratio_ci"] if name in against else None
     summary["bad_start_failures"] = _bad_starts(evaluation)
+    summary["bad_start_recovery"] = recovery(tasks)
     summary["against"] = against
     summary["against_searches"] = _against_searches(evaluation)
     summary["pays_for_itself_after_runs"] = _pays_after(evaluation, tasks)
@@ -254,6 +258,27 @@ def _bad_starts(evaluation: Evaluation) -> dict[str, Any]:
     shares = {name: float(np.mean(values)) for name, values in failures.items()}
     detail = {name: {f: float(np.mean(values)) for f, values in table.items()} for name, table in by_factor.items()}
     return shares | {"by_factor": detail}
+
+
+def recovery(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """How near bad starts end to the same run's end from the good start, x 1.
+
+    Args:
+        tasks: as in `summarize`; their `bad_starts` are looked at.
+
+    Returns:
+        Starter -> factor -> `near` (share of runs that end within `NEAR`) and `median` (of the losses' ratio).
+    """
+    starters = next(iter(tasks.values()))["bad_starts"]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, by_factor in starters.items():
+        tables = [task["bad_starts"][name] for task in tasks.values()]
+        good = np.concatenate([table["1.0"] for table in tables])
+        found[name] = {}
+        for factor in by_factor:
+            ratios = np.concatenate([table[factor] for table in tables]) / good
+            found[name][factor] = {"near": float(np.mean(ratios <= NEAR)), "median": float(np.median(ratios))}
+    return found
 
 
 def _failed(runs: list[Run], bar: Array) -> list[bool]:

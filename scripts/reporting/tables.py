@@ -13,7 +13,7 @@ from rich.table import Table
 from agents import population_based, searches
 from agents.evaluation import BASELINES, Budget
 from agents.schedules import DEFAULTS
-from agents.summary import MEASURES, REFERENCE
+from agents.summary import MEASURES, NEAR, REFERENCE
 from hpo_env.base_schedules import calibrated
 from hpo_env.hyperparameters import CONTROLS
 from hpo_env.rewards import CEILING
@@ -167,6 +167,7 @@ def _shared(result: Mapping[str, Any], measures: tuple[str, ...] = MEASURES, *, 
         _headline(result),
         _by_task(result, by_seed),
         _bad_starts(result),
+        _recovery(result),
         _against(result, measures),
         *(_against_searches(result, measure) for measure in MEASURES),
     ]
@@ -235,6 +236,20 @@ def _bad_starts(result: Mapping[str, Any]) -> Sheet:
         rows.append([name.replace("_given", ", start is given"), *shares, _share(failures[name])])
     title = f"bad starts: share lost or worse than {REFERENCE} from its own start: {n_runs(result)} a start"
     return Sheet(title, ("learning rate", *(f"x {float(factor):g}" for factor in factors), "all"), {"": rows})
+
+
+def _recovery(result: Mapping[str, Any]) -> Sheet:
+    found = result["summary"]["bad_start_recovery"]
+    factors = [factor for factor in next(iter(found.values())) if float(factor) != 1]
+    rows = [
+        [f"{name}, start is given", *(f"{_share(figures[f]['near'])}, x {figures[f]['median']:.3f}" for f in factors)]
+        for name, figures in found.items()
+    ]
+    title = (
+        f"bad starts, given ones: share that ends within {NEAR - 1:.0%} of the same run from the good start, and the "
+        f"median of the two losses' ratio: {n_runs(result)} a start"
+    )
+    return Sheet(title, ("learning rate", *(f"x {float(factor):g}" for factor in factors)), {"": rows})
 
 
 def _against(result: Mapping[str, Any], measures: tuple[str, ...]) -> Sheet:

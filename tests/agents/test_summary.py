@@ -89,6 +89,12 @@ def test_bad_starts_by_hand() -> None:
     for name, share in shares.items():
         assert failures["by_factor"][name] == {str(f): share if f >= 10 else 0.0 for f in FACTORS}
         assert failures[name] == pytest.approx(share * 2 / 5)
+    recovered = found["summary"]["bad_start_recovery"]
+    # On a 1.2 / 1 and 1.8 / 2 of the policy's; 1 / 1 and 1.5 / 2; a lost one and 0.1 / 2. On b all are as good as good.
+    for name, near, median in (("policy", 0.75, 1.0), ("calibrated", 1.0, 1.0), ("cosine", 0.75, 1.0)):
+        for factor in FACTORS:
+            expected = {"near": near, "median": median} if factor >= 10 else {"near": 1.0, "median": 1.0}
+            assert recovered[name][str(factor)] == expected
 
 
 def test_when_meta_training_has_paid_for_itself() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from agents import ControlPolicy
+from agents import ControlPolicy, Tuner
 from hpo_env.base_schedules import BaseSchedule
 from hpo_env.hyperparameters import CONTROLS
 from inner_models.datasets import load_dataset
@@ -105,3 +105,10 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     torch.save(state, buffer)
     loaded: dict[str, Any] = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     return loaded
+
+
+def guarded(policy: ControlPolicy | None = None, **arguments: Any) -> tuple[Loop, Tuner]:
+    """A run of 12 epochs and its tuner, with a model to guard; without a policy, one that stays."""
+    run = Loop()
+    tuner = Tuner(policy or constant_policy(), run.optimizer, model=run.model, total_epochs=12, **arguments)
+    return run, tuner

@@ -1,5 +1,7 @@
 PYTHON := .venv/bin/python
 DEVICE ?= cpu
+# By a path, as type checkers find it, and not by an import hook.
+EDITABLE := --config-settings editable_mode=compat
 
 .PHONY: install demo test check docs benchmark faults
 
@@ -9,7 +11,7 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(PYTHON) || python3 -m venv .venv
 	$(PYTHON) -m pip install -c constraints.txt torch
-	$(PYTHON) -m pip install -c constraints.txt -e '.[compare,data,dev,docs,hub,lightning,onnx,transformers]'
+	$(PYTHON) -m pip install -c constraints.txt $(EDITABLE) -e '.[compare,data,dev,docs,hub,lightning,onnx,transformers]'
 	touch $@
 
 demo: install
@@ -30,5 +32,5 @@ benchmark: install
 	$(PYTHON) scripts/benchmark.py --device $(DEVICE) --json benchmarks/$(DEVICE).json
 
 faults: install
-	$(PYTHON) -m pip install -q -c constraints.txt -e '.[faults]'
+	$(PYTHON) -m pip install -q -c constraints.txt $(EDITABLE) -e '.[faults]'
 	$(PYTHON) -m tests.faults

@@ -4,19 +4,63 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from reprlib import repr as short
-from typing import Any, SupportsFloat
+from typing import Any, Literal, Required, SupportsFloat, TypedDict
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hpo_env.hyperparameters import CONTROLS
 from inner_models.names import unknown
+from inner_models.updates import SGD_MOMENTUM
 
+from .batch_size import Loader
+from .files import ScalarWriter
 from .policy import ControlPolicy, PolicyError
 
 _log = logging.getLogger("hyperpilot")
+
+_NEEDS = {
+    "batch_size": "loader=..., an ordinary DataLoader",
+    "weight_decay": "an optimizer that decays weights apart from the gradient (AdamW), or SGD, at a rate above 0",
+    "dropout": "model=... with dropout layers at a rate above 0",
+    "augmentation": "model=... with an Augment layer",
+    "label_smoothing": "criterion=... with label_smoothing above 0",
+}
+"""What a run must have for a control to be there, beside a policy that knows it."""
+
+
+class OptionalArguments(TypedDict, total=False):
+    """The arguments of `Tuner` that say how it tunes a run, and may be left out. A test holds them to its signature."""
+
+    criterion: nn.Module | None
+    start: Literal["policy", "given"]
+    max_factor: float
+    controls: Sequence[str] | None
+    initial_loss: float | Tensor | None
+    signals: Sequence[str]
+    guard: bool
+    writer: ScalarWriter | None
+
+
+class TunerArguments(OptionalArguments, total=False):
+    """The keyword arguments of `Tuner`."""
+
+    total_epochs: Required[int]
+    loader: Loader | None
+    model: nn.Module | None
+    batches_per_step: int
+    examples_per_epoch: int | None
+    batch_size: int | None
+
+
+def check_names(given: Iterable[str]) -> None:
+    """Raise a TypeError for a name that is none of `OptionalArguments`: where they are handed on only later."""
+    for name in given:
+        if name not in OptionalArguments.__annotations__:
+            raise TypeError(unknown("argument", name, OptionalArguments.__annotations__))
 
 
 def real(name: str, value: Any) -> float:
@@ -57,8 +101,13 @@ def chosen(controls: Sequence[str] | None, available: Sequence[str]) -> tuple[st
     if controls is None:
         return tuple(available)
     for name in controls:
+        if name in CONTROLS and name not in available:
+            raise ValueError(
+                f"unknown control {name!r} in this run, which has {', '.join(available)}: it needs {_NEEDS[name]}, and "
+                "a policy that moves it"
+            )
         if name not in available:
-            raise ValueError(unknown("control", name, available))
+            raise ValueError(unknown("control", name, CONTROLS, shown=available))
     return tuple(name for name in available if name in controls)
 
 
@@ -91,6 +140,13 @@ def warn_of_misfits(
         _log.warning(
             "the policy knows AdamW and SGD; with %s its learning rates may not fit: consider start='given'",
             type(optimizer).__name__,
+        )
+    momenta = {float(group.get("momentum", SGD_MOMENTUM)) for group in optimizer.param_groups}
+    if start == "policy" and "lr" in controls and any(abs(momentum - SGD_MOMENTUM) > 0.05 for momentum in momenta):
+        _log.warning(
+            "the policy knows SGD with momentum %g; with %s its learning rates may not fit: consider start='given'",
+            SGD_MOMENTUM,
+            " and ".join(f"{momentum:g}" for momentum in sorted(momenta)),
         )
     shortest, _ = policy.header.trained_ranges.get("horizons", (1, math.inf))
     if total_epochs < shortest:

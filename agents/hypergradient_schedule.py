@@ -19,7 +19,8 @@ from hpo_env.base_schedules import REGULARIZERS, calibrated
 from hpo_env.hyperparameters import CONTROLS, Binding, Hyperparameter
 from inner_models.sampling import MICRO_BATCH
 from inner_models.tasks import OptimizerName
-from inner_models.training import SGD_MOMENTUM, Training
+from inner_models.training import Training
+from inner_models.updates import SGD_MOMENTUM
 
 from .application import Controller, RunController, Runs
 from .schedules import DEFAULTS, Listed

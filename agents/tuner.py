@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, SupportsIndex
+from typing import Any, Literal, Self, SupportsIndex, Unpack
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from hpo_env.control import ControlLoop, Intervals, epochs_per_decision
 from hpo_env.hyperparameters import CONTROLS, Array, Binding, HasBatchSize
 from inner_models.sampling import BatchSampler
 
-from .arguments import check_run, chosen, count, real, warn_of_misfits
+from .arguments import TunerArguments, check_run, chosen, count, real, warn_of_misfits
 from .batch_size import Loader, examples_in
 from .board import group_values, write_decision, write_epoch
 from .files import ScalarWriter
@@ -172,7 +172,7 @@ class Tuner:
         self._decide(known, None)
 
     @classmethod
-    def load(cls, path: Path | str, optimizer: torch.optim.Optimizer, **arguments: Any) -> Self:
+    def load(cls, path: Path | str, optimizer: torch.optim.Optimizer, **arguments: Unpack[TunerArguments]) -> Self:
         """A tuner with the policy in the file at `path`; the other arguments are the class's own.
 
         Raises:
@@ -181,7 +181,7 @@ class Tuner:
         return cls(ControlPolicy.load(path), optimizer, **arguments)
 
     @classmethod
-    def pretrained(cls, optimizer: torch.optim.Optimizer, **arguments: Any) -> Self:
+    def pretrained(cls, optimizer: torch.optim.Optimizer, **arguments: Unpack[TunerArguments]) -> Self:
         """A tuner with the policy that ships with the package."""
         return cls.load(pretrained_path(), optimizer, **arguments)
 

@@ -25,9 +25,9 @@ from inner_models.replicated_layers import record, record_loss, takes_images
 from inner_models.sampling import MICRO_BATCH, draw_order
 from inner_models.signals import MEASURE_EVERY, SIGNALS
 from inner_models.tasks import Task, TaskData, prepare
-from inner_models.training import SGD_MOMENTUM, Streams, hyperparameters_of
+from inner_models.training import Streams, hyperparameters_of
 from inner_models.twins import Parameter
-from inner_models.updates import BETA1, BETA2, STEPS
+from inner_models.updates import BETA1, BETA2, SGD_MOMENTUM, STEPS
 
 _EVALUATION_ROWS = 1024  # replicas x rows that are evaluated at once
 _STATE_BYTES = 1 << 24  # on a CPU, what a block keeps from micro-step to micro-step should stay in the cache

@@ -19,6 +19,6 @@ def unknown(what: str, given: str, known: Iterable[str], *, shown: Iterable[str]
         shown: how to list the known names, where `known` is too long to show; `known` itself when None.
     """
     known = list(known)
-    nearest = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
+    nearest = difflib.get_close_matches(given, known, n=1, cutoff=0.55)
     hint = f" did you mean {nearest[0]!r}?" if nearest else ""
     return f"unknown {what} {given!r};{hint} known: {', '.join(known if shown is None else shown)}"

@@ -15,8 +15,7 @@ from inner_models.models import Dropout, build_model, random_layers
 from inner_models.sampling import MICRO_BATCH, BatchSampler
 from inner_models.signals import GradientMeter
 from inner_models.tasks import OptimizerName, Task, TaskData, elementwise_loss, prepare
-
-SGD_MOMENTUM = 0.9
+from inner_models.updates import SGD_MOMENTUM
 
 
 class Streams:

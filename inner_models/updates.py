@@ -17,6 +17,8 @@ from torch import Tensor
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 """`torch.optim.AdamW`'s defaults."""
 
+SGD_MOMENTUM = 0.9
+
 COMPILE_AFTER = 5.0
 """Seconds that a function costs in a process before compiling it, which takes about as long, is tried."""
 

@@ -22,6 +22,8 @@ from torch import nn
 
 import hpo_env
 from agents import ControlPolicy, PolicyError, Tuner
+from agents.integrations.lightning import TunerCallback as LightningTuner
+from agents.integrations.transformers import TunerCallback as TransformersTuner
 
 model = nn.Linear(2, 2)
 optimizer = torch.optim.AdamW(model.parameters())
@@ -30,10 +32,12 @@ try:
 except PolicyError as error:
     raise SystemExit(str(error)) from error
 tuner: Tuner = Tuner(policy, optimizer, model=model, total_epochs=3)
+tuner = Tuner.pretrained(optimizer, model=model, total_epochs=3, start="given", controls=["lr"], guard=False)
+tuner = Tuner.load("policy.safetensors", optimizer, total_epochs=3, examples_per_epoch=1000)
 values: dict[str, float] = tuner.step(train_loss=torch.tensor(1.0), val_loss=None)
 state: dict[str, object] = tuner.state_dict()
 env: gymnasium.Env[object, object] = gymnasium.make("hyperpilot/HPO-v0", task="digits/mlp")
-print(values["lr"], state, env, hpo_env.HPOEnv)
+print(values["lr"], state, env, hpo_env.HPOEnv, LightningTuner(start="given"), TransformersTuner(controls=["lr"]))
 """
 
 WRONG = {
@@ -41,6 +45,13 @@ WRONG = {
     'Tuner(policy, optimizer, total_epochs=30, start="fine-tune")': "arg-type",
     "Tuner(policy, optimizer, total_epochs=30, epochs=30)": "call-arg",
     "Tuner(policy, model, total_epochs=30)": "arg-type",
+    'Tuner.pretrained(optimizer, total_epochs="30")': "arg-type",
+    'Tuner.pretrained(optimizer, total_epochs=30, start="mine")': "arg-type",
+    "Tuner.pretrained(optimizer, total_epoch=30)": "call-arg",
+    "Tuner.pretrained(optimizer)": "call-arg",
+    'Tuner.load("policy.safetensors", optimizer, total_epochs=30, model=optimizer)': "arg-type",
+    'LightningTuner(controlls=["lr"])': "call-arg",
+    'TransformersTuner(guard="yes")': "arg-type",
     "tuner.step(1.0, 1.0)": "call-arg",
     'tuner.step(train_loss="low")': "arg-type",
     "tuner.learning_rate": "attr-defined",
@@ -55,7 +66,7 @@ RECIPES = ("schedulers", "steps", "accumulation", "mixed_precision", "checkpoint
 @pytest.fixture(scope="module")
 def complaints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What mypy says of a user's files: strict, in a folder and an environment of their own, where the packages are
-    installed as `pip install -e` does it, and are typed only if their py.typed says so."""
+    installed as `make install` does it, and are typed only if their py.typed says so."""
     folder = tmp_path_factory.mktemp("user")
     venv.create(folder / "env")
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "env")}))
@@ -88,3 +99,13 @@ def test_mistakes_are_found(complaints: list[str], mistake: str) -> None:
 def test_nothing_else_is_found(complaints: list[str]) -> None:
     """In the packages themselves, above all."""
     assert [line for line in complaints if not re.match(r"\w+\.py:", line)] == []
+
+
+def test_the_installed_packages_are_found(tmp_path: Path) -> None:
+    """From a folder of the user's own, in the environment that runs these tests. An editable install must be one that
+    type checkers can follow: `make install` asks for that."""
+    (tmp_path / "mine.py").write_text("import agents\n\nprint(agents.Tuner)\n")
+    options = ["--strict", "--follow-imports", "silent", "--cache-dir", str(ROOT / ".mypy_cache/installed")]
+    command = [sys.executable, "-m", "mypy", *options, "mine.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

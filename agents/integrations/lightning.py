@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 
 from inner_models.names import unknown
 
+from ..arguments import OptionalArguments, check_names
 from ..batch_size import Loader, examples_in, settable
 from ..optional import require
 from ..policy import ControlPolicy
@@ -38,12 +39,14 @@ class TunerCallback(pl.Callback):
         policy: the policy, or the path of its file; the one that ships with the package when None.
         train_loss: name of a logged training loss; the mean of what `training_step` returned when None.
         total_epochs: epochs of the run, if that is not the trainer's `max_epochs`.
-        arguments: the other arguments of `Tuner`, such as `start`, `controls` or `guard`.
+        arguments: other arguments of `Tuner`, such as `start`, `controls` or `guard`: those of
+            `agents.arguments.OptionalArguments`.
 
     Attributes:
         tuner: the tuner of the current or last `fit`; None before the first.
 
     Raises:
+        TypeError: an argument that is none of these.
         ValueError: when `fit` starts: the length of the run is not known, it has several optimizers, or a learning rate
             scheduler besides the tuner. At the end of an epoch: there is no metric of the given name.
 
@@ -59,8 +62,9 @@ class TunerCallback(pl.Callback):
         policy: ControlPolicy | Path | str | None = None,
         train_loss: str | None = None,
         total_epochs: int | None = None,
-        **arguments: Any,
+        **arguments: Unpack[OptionalArguments],
     ) -> None:
+        check_names(arguments)
         self.tuner: Tuner | None = None
         self._monitor, self._train_loss, self._total_epochs = monitor, train_loss, total_epochs
         self._policy, self._arguments = policy, arguments

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Required, Self, Unpack
 
 from torch import Tensor
+from torch.optim import Optimizer
 
+from ..arguments import TunerArguments
 from ..optional import require
+from ..policy import ControlPolicy
 from ..trajectory import Trajectory
-from ..tuner import Tuner
+from ..tuner import Tuner, pretrained_path
 
 if TYPE_CHECKING:
     import optuna
@@ -19,6 +23,12 @@ else:
 
 ATTRIBUTE = "hyperpilot"
 """The user attribute of a trial that holds its trajectory, as JSON without the decisions."""
+
+
+class TrialArguments(TunerArguments, total=False):
+    """The keyword arguments of `TrialTuner`."""
+
+    trial: Required[optuna.trial.BaseTrial]
 
 
 class TrialTuner(Tuner):
@@ -51,6 +61,15 @@ class TrialTuner(Tuner):
             raise ValueError(f"the study must minimize one objective, as losses are reported to it, not {names}")
         super().__init__(*arguments, **named)
         self._trial = trial
+
+    # Both take one argument more than the tuner's own.
+    @classmethod
+    def load(cls, path: Path | str, optimizer: Optimizer, **arguments: Unpack[TrialArguments]) -> Self:  # type: ignore[override]
+        return cls(ControlPolicy.load(path), optimizer, **arguments)
+
+    @classmethod
+    def pretrained(cls, optimizer: Optimizer, **arguments: Unpack[TrialArguments]) -> Self:  # type: ignore[override]
+        return cls.load(pretrained_path(), optimizer, **arguments)
 
     def step(self, *, train_loss: float | Tensor | None, val_loss: float | Tensor | None = None) -> dict[str, float]:
         """As in `Tuner`. Then reports the epoch's validation loss: nothing if it is None, and if it is not finite NaN,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from inner_models.names import unknown
 
+from ..arguments import OptionalArguments, check_names
 from ..optional import require
 from ..state_file import load_state, save_state
 from ..tuner import Tuner, pretrained_path
@@ -51,12 +52,14 @@ class TunerCallback(TrainerCallback):
         policy: file of the policy that decides; the one that ships with the package when None.
         monitor: the metric that is the validation loss, lower is better.
         resume_from: the checkpoint that `Trainer.train` resumes from, if it does not lie in `output_dir` any more.
-        arguments: further arguments of `Tuner`, such as `start`, `controls`, `guard` and `writer`.
+        arguments: further arguments of `Tuner`, such as `start`, `controls`, `guard` and `writer`: those of
+            `agents.arguments.OptionalArguments`.
 
     Attributes:
         tuner: the `Tuner` of the present or last run, None before the first.
 
     Raises:
+        TypeError: an argument that `Tuner` does not have.
         ValueError: an argument that is not for the user to give; in `Trainer.train`, if nothing is evaluated, `monitor`
             is not among the metrics, the schedule cannot be set aside, or a resumed run has no state of a tuner.
 
@@ -70,13 +73,14 @@ class TunerCallback(TrainerCallback):
         *,
         monitor: str = "eval_loss",
         resume_from: Path | str | None = None,
-        **arguments: Any,
+        **arguments: Unpack[OptionalArguments],
     ) -> None:
         if "batch_size" in arguments:
             raise ValueError("the batch size of a Trainer's run cannot be moved: leave out batch_size")
         for name in _KNOWN_TO_THE_TRAINER:
             if name in arguments:
                 raise ValueError(f"leave out {name}: the Trainer tells it")
+        check_names(arguments)
         self.tuner: Tuner | None = None
         self._policy, self._monitor, self._resume_from = policy or pretrained_path(), monitor, resume_from
         self._arguments = arguments

@@ -32,8 +32,9 @@ def train(trial: optuna.Trial, seed: int, epochs: int, tuned: bool) -> float:
     model = build(trial)
     optimizer = torch.optim.AdamW(model.parameters())
     loader = DataLoader(train_set, batch_size=32, shuffle=True)
-    run = {"model": model, "loader": loader, "total_epochs": epochs}
-    tuner = TrialTuner.pretrained(optimizer, trial=trial, **run) if tuned else None
+    tuner = None
+    if tuned:
+        tuner = TrialTuner.pretrained(optimizer, trial=trial, model=model, loader=loader, total_epochs=epochs)
     loss_of = nn.CrossEntropyLoss()
 
     for epoch in range(epochs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from agents import PolicyError, Tuner
+from agents.arguments import TunerArguments
 from agents.tuner import PRETRAINED
 from hpo_env.hyperparameters import CONTROLS
 from hpo_env.observations import HIGH, LOW
@@ -146,6 +148,32 @@ def test_only_the_chosen_controls_move() -> None:
     assert [lr for lr, _ in run.settings()] != [lr for lr, _ in before[0]]
     with pytest.raises(ValueError, match="unknown control 'dropuot'; did you mean 'dropout'"):
         Tuner(random_policy(), run.optimizer, model=run.model, total_epochs=3, controls=["dropuot"])
+
+
+@pytest.mark.parametrize("name", ["batch_size", "dropout", "augmentation", "label_smoothing"])
+def test_a_control_that_the_run_lacks_is_told_with_the_mend(name: str) -> None:
+    mend = {"batch_size": "loader=", "label_smoothing": "criterion="}.get(name, "model=")
+    with pytest.raises(ValueError, match=rf"unknown control '{name}' in this run, which has lr.*needs {mend}"):
+        Tuner(random_policy(), Loop().optimizer, total_epochs=3, controls=[name])
+
+
+def test_no_control_is_proposed_that_is_not_alike() -> None:
+    with pytest.raises(ValueError, match=r"^unknown control 'learning_rate'; known: lr"):
+        Tuner(random_policy(), Loop().optimizer, total_epochs=3, controls=["learning_rate"])
+
+
+@pytest.mark.parametrize(("momentum", "told"), [(0.0, True), (0.5, True), (0.9, False), (0.92, False), (0.99, True)])
+def test_a_momentum_that_the_policy_does_not_know(
+    momentum: float, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimizer = torch.optim.SGD(Loop().model.parameters(), lr=0.1, momentum=momentum)
+    Tuner(random_policy(), optimizer, total_epochs=30)
+    expected = [f"the policy knows SGD with momentum 0.9; with {momentum:g} its learning rates may not fit: consider "
+                "start='given'"]  # fmt: skip
+    assert caplog.messages == expected * told
+    caplog.clear()
+    Tuner(random_policy(), optimizer, total_epochs=30, start="given")
+    assert not caplog.messages
 
 
 def test_sgd_has_its_own_base() -> None:
@@ -490,3 +518,16 @@ def test_using_a_policy_needs_no_training_library() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout == "\n"
+
+
+def test_the_typed_arguments_are_the_tuners() -> None:
+    """What `pretrained`, `load` and the callbacks hand on has the names and types that `Tuner` itself has."""
+    own = {
+        name: parameter
+        for name, parameter in inspect.signature(Tuner).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    assert TunerArguments.__annotations__.keys() == own.keys()
+    types = get_type_hints(Tuner.__init__)
+    assert get_type_hints(TunerArguments) == {name: types[name] for name in own}
+    assert TunerArguments.__required_keys__ == {n for n, p in own.items() if p.default is inspect.Parameter.empty}

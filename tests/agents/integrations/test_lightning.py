@@ -435,3 +435,9 @@ def test_policies(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def _optimizer() -> torch.optim.Optimizer:
     return torch.optim.AdamW(nn.Linear(1, 1).parameters())
+
+
+def test_an_argument_that_the_tuner_does_not_have() -> None:
+    """At once, not when training starts."""
+    with pytest.raises(TypeError, match="unknown argument 'controlls'; did you mean 'controls'"):
+        TunerCallback(controlls=["lr"])

@@ -429,3 +429,9 @@ def test_the_example_is_better_than_its_constant_default(monkeypatch: pytest.Mon
     pairs = [(example.train(seed, tuned=False)[-1], example.train(seed, tuned=True)[-1]) for seed in range(5)]
     assert sum(tuned < constant for constant, tuned in pairs) >= 4
     assert sum(tuned for _, tuned in pairs) < sum(constant for constant, _ in pairs)
+
+
+def test_an_argument_that_the_tuner_does_not_have() -> None:
+    """At once, not when training starts."""
+    with pytest.raises(TypeError, match="unknown argument 'controlls'; did you mean 'controls'"):
+        TunerCallback(controlls=["lr"])  # type: ignore[call-arg]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -56,6 +57,7 @@ def run_main(config: type[Config], main: Callable[[Config], None]) -> None:
     terminated."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        _check_names(config, sys.argv[1:])
         settings = tyro.cli(config, registry=registry)
         console.quiet = isinstance(settings, Quiet) and settings.quiet
         main(settings)
@@ -64,6 +66,31 @@ def run_main(config: type[Config], main: Callable[[Config], None]) -> None:
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
+
+
+def _check_names(config: type, given: Sequence[str]) -> None:
+    """Fail at a command or an option that a script does not have, and suggest the nearest. tyro does neither where
+    something required is missing, as it is when just that is mistyped."""
+    if not {"-h", "--help"}.isdisjoint(given):
+        return
+    commands = {kind.__name__.lower(): kind for hint in get_type_hints(config).values() for kind in _kinds(hint)}
+    kinds = [config, *commands.values()]
+    command = next((word for word in given if not word.startswith("-")), None)
+    if commands and command is not None:
+        kinds = [config, commands[known("command", command, list(commands))]]
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items() if not _kinds(hint)}
+    options = [f"--{name.replace('_', '-')}" for name in hints]
+    flags = [f"--no-{name.replace('_', '-')}" for name, hint in hints.items() if hint is bool]
+    for word in given:
+        name = word.partition("=")[0]
+        unread = not name.startswith("--") or name.startswith("--tyro-")  # values, and tyro's own
+        if not unread and name.replace("_", "-") not in ("--", *options, *flags):
+            raise ValueError(unknown("option", name, [*options, "--help"]))
+
+
+def _kinds(hint: Any) -> list[type]:
+    """The dataclasses that a field may be one of: commands."""
+    return [kind for kind in get_args(hint) if isinstance(kind, type) and is_dataclass(kind)]
 
 
 @registry.primitive_rule
@@ -86,6 +113,14 @@ def known(what: str, name: str, names: list[str]) -> str:
     if name not in names:
         raise ValueError(unknown(what, name, names))
     return name
+
+
+def beside(path: Path, patterns: Iterable[str], *, cutoff: float = 0.0) -> list[Path]:
+    """What may have been meant by `path`: entries of its folder, or of the first one above it that exists, that match
+    one of the patterns or hold what does. The nearest names first, at most five, none less alike than `cutoff`."""
+    folder = next(parent for parent in path.parents or path.absolute().parents if parent.is_dir())
+    found = {match.relative_to(folder).parts[0] for pattern in patterns for match in folder.glob(pattern)}
+    return [folder / name for name in difflib.get_close_matches(path.name, sorted(found), n=5, cutoff=cutoff)]
 
 
 def at_least(config: Any, least: int, *names: str) -> None:

@@ -18,12 +18,25 @@ from agents.policy import ControlPolicy
 from agents.trajectory import TRAJECTORY_FILE, Trajectory
 from agents.tuner import pretrained_path
 from hpo_env.hyperparameters import CONTROLS
-from scripts.common import Quiet, check_device, check_out, console, run_main, work_bar, write_config, write_json
+from scripts.common import (
+    Quiet,
+    beside,
+    check_device,
+    check_out,
+    console,
+    run_main,
+    work_bar,
+    write_config,
+    write_json,
+)
 from scripts.evaluate import default_cache
 from scripts.reporting.inspection_plots import write, write_run
 from scripts.reporting.sheet import Sheet
 
 SEEDS = {"quick": 2, "default": 5}
+
+_PLACES = (TRAJECTORY_FILE, f"*/{TRAJECTORY_FILE}")
+"""Where a run's folder may have its trajectory."""
 
 
 @dataclass
@@ -75,10 +88,14 @@ def read_run(path: Path) -> Trajectory:
     """The trajectory in a file, in a folder, or in one of its folders.
 
     Raises:
-        ValueError, OSError: there is none, or more than one, or it cannot be used.
+        ValueError, OSError: there is none (the nearest name is suggested), or more than one, or it cannot be used.
     """
+    if not path.exists():
+        near = beside(path, ("*.json", *(f"*/{place}" for place in _PLACES)), cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"no run folder or trajectory file {path}{hint}")
     if path.is_dir():
-        found = sorted([*path.glob(TRAJECTORY_FILE), *path.glob(f"*/{TRAJECTORY_FILE}")])
+        found = sorted(match for place in _PLACES for match in path.glob(place))
         if not found:
             raise ValueError(f"{path} holds no {TRAJECTORY_FILE}; have one written with tuner.trajectory.save(path)")
         if len(found) > 1:

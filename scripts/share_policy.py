@@ -12,7 +12,7 @@ from agents.onnx_export import export
 from agents.policy import ControlPolicy
 from agents.tuner import pretrained_path
 from agents.untrusted import read_json
-from scripts.common import console, run_main
+from scripts.common import Quiet, console, run_main
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Pull:
     out: Path
     """File to write."""
     revision: str = "main"
-    """The hash of a commit; with --digest also a branch or tag."""
+    """The hash of a commit; with --digest also a branch or tag. Left out without --digest: an error that names one."""
     digest: str | None = None
     """What the policy's digest must be."""
 
@@ -53,8 +53,9 @@ class Onnx:
     """Policy file; the one that ships with hyperpilot when left out."""
 
 
+@tyro.conf.configure(tyro.conf.CascadeSubcommandArgs)  # --quiet behind the command, too
 @dataclass
-class Config:
+class Config(Quiet):
     """Share a policy: to and from the Hugging Face Hub, and as ONNX for programs without Python.
 
     Needs the extra `hub` or `onnx`, and for push a token of the Hub (`hf auth login`). Takes seconds.

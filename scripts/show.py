@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import json
 import re
@@ -24,7 +23,7 @@ from torch.utils.tensorboard.summary import custom_scalars
 
 from agents.board import RUN_RESULTS, RUN_TAGS
 from agents.files import write_atomically
-from scripts.common import console, run_main
+from scripts.common import beside, console, run_main
 
 LAYOUT_FILE = "events.out.tfevents.0.hyperpilot-layout"
 """Sorts before a run's own event files: TensorBoard reads a folder's files in the order of their names, and does not
@@ -90,7 +89,7 @@ class Config:
     """Open TensorBoard on a folder of runs, with charts that lay them over one another. Ctrl-C ends it.
 
     Leaves a layout beside the events of the first run; the runs stay as they are. Takes seconds. Without a terminal it
-    prints TensorBoard's command instead.
+    prints TensorBoard's command instead. There is no --quiet: what it prints is what it is for.
 
         python scripts/show.py --logdir runs
     """
@@ -187,10 +186,8 @@ def _write_layout(logdir: Path, runs: Mapping[str, set[str]]) -> None:
 
 def _nearby(logdir: Path) -> str:
     """Folders with events that may have been meant."""
-    folder = next(parent for parent in logdir.absolute().parents if parent.is_dir())
-    found = {path.relative_to(folder).parts[0] for depth in DEPTHS for path in folder.glob(f"{depth}*tfevents*")}
-    nearest = difflib.get_close_matches(logdir.name, sorted(found), n=5, cutoff=0)
-    return f"; there are events in {', '.join(str(folder / name) for name in nearest)}" if found else ""
+    found = beside(logdir, (f"{depth}*tfevents*" for depth in DEPTHS))
+    return f"; there are events in {', '.join(map(str, found))}" if found else ""
 
 
 def _run(command: list[str]) -> int:

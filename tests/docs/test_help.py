@@ -24,8 +24,8 @@ SCRIPTS: dict[str, ModuleType] = {
     for path in sorted((ROOT / "scripts").glob("*.py"))
     if path.stem not in ("__init__", "common")
 }
-INTERACTIVE = ("show", "share_policy")
-"""They show no progress and print what they are for."""
+INTERACTIVE = ("show",)
+"""Prints what it is for."""
 
 OF_A_SPLIT = ("measure_scale", "learn_schedule", "measure_adaptation")
 """Scripts that take tasks of a split alone: they suggest one of these."""
@@ -96,6 +96,28 @@ def test_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "already holds a run" in printed.err
     assert call(apply_policy, [*arguments[:-1], str(tmp_path / "b")], monkeypatch) == 0
     assert "training wine/mlp: 1/" in capsys.readouterr().out  # a later call is not quiet
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_mistyped_option_is_told_the_nearest(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even a required one, and behind a command."""
+    for given in examples(SCRIPTS[name]):
+        for at in (index for index, word in enumerate(given) if word.startswith("--")):
+            swapped = f"{given[at][:-2]}{given[at][-1]}{given[at][-2]}"
+            assert call(SCRIPTS[name], [*given[:at], swapped, *given[at + 1 :]], monkeypatch) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"error: unknown option {swapped!r}; did you mean {given[at]!r}? known: ")
+
+
+def test_other_spellings_of_options_are_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--task=wine/mlp", "--out", "nowhere", "--no-quiet", "--device=cdua"]
+    assert call(apply_policy, arguments, monkeypatch) == 2
+    assert "unknown device 'cdua'" in capsys.readouterr().err
+    assert call(apply_policy, ["--tsak", "wine/mlp", "--help"], monkeypatch) == 0
 
 
 def choices() -> list[tuple[str, str, str]]:

@@ -110,7 +110,12 @@ def test_figures_have_words_for_the_start_the_guard_and_the_largest_moves(run: P
 def test_bad_input_is_one_line(door: Door, run: Path, policy: Path, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "out"]
     missing = tmp_path / "missing"
-    one_line(door(inspect_policy, "--run", missing, *out, status=2), "missing")
+    told = door(inspect_policy, "--run", missing, *out, status=2)
+    assert told == f"error: no run folder or trajectory file {missing}\n"
+    for wrong, right in (("rnu", run), ("run/polic", run / "policy"), ("run/policy/trajectry.json", None)):
+        meant = right or run / "policy" / "trajectory.json"
+        told = door(inspect_policy, "--run", tmp_path / wrong, *out, status=2)
+        one_line(told, f"no run folder or trajectory file {tmp_path / wrong}; did you mean {meant}?")
     empty = tmp_path / "empty"
     empty.mkdir()
     one_line(door(inspect_policy, "--run", empty, *out, status=2), str(empty), "trajectory.json")

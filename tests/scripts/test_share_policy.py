@@ -10,7 +10,7 @@ import pytest
 
 from agents import ControlPolicy, hub
 from agents.tuner import pretrained_path
-from scripts import share_policy
+from scripts import common, share_policy
 from tests.agents.fake_hub import TOKEN, fake_hub
 from tests.scripts.doors import Door, one_line
 from tests.test_architecture import ROOT
@@ -35,6 +35,21 @@ def test_there_and_back(door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert not out.exists()
         pull("--revision", repository.refs["main"], "--digest", shipped.digest)
     assert ControlPolicy.load(out).header == shipped.header
+
+
+@pytest.mark.parametrize(("given", "nearest"), [("pusj", "push"), ("onx", "onnx")])
+def test_a_mistyped_command_is_told_the_nearest(door: Door, given: str, nearest: str) -> None:
+    one_line(door(share_policy, "--quiet", given, status=2), f"unknown command {given!r}; did you mean {nearest!r}?")
+
+
+def test_quiet(door: Door, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet: list[bool] = []
+    monkeypatch.setattr(share_policy, "export", lambda *_: quiet.append(common.console.quiet))
+    own = ("--policy", policy, "--out", tmp_path / "policy.onnx")
+    door(share_policy, "--quiet", "onnx", *own)
+    door(share_policy, "onnx", *own, "--quiet")
+    door(share_policy, "onnx", *own)
+    assert quiet == [True, True, False]
 
 
 def test_onnx(door: Door, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,6 +238,7 @@ def test_folders_without_events(door: Door, logdir: Path) -> None:
     (logdir / "empty").mkdir()
     one_line(door(show, "--logdir", logdir / "empty", status=2), "no TensorBoard events in", str(logdir / "mine"))
     one_line(door(show, "--logdir", logdir / "mine" / "x", status=2), "no folder")
+    one_line(door(show, "--logdri", logdir, status=2), "'--logdri'; did you mean '--logdir'?")
 
 
 def test_a_layout_alone_is_nothing_to_show(door: Door, logdir: Path) -> None:

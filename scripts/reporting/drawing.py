@@ -77,11 +77,19 @@ def powers_of_two(axes: Any, low: float, high: float, axis: str = "x") -> None:
 
 
 def log_axis(axes: Any) -> None:
-    """A logarithmic vertical axis that bears numbers also where it spans less than a power of ten."""
+    """A logarithmic vertical axis that bears at least two numbers: powers of ten if it spans a factor of 30, else 1, 2
+    and 5 in each, or whatever it takes where it spans less."""
     ticker = require("matplotlib.ticker", extra="compare")
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(ticker.LogLocator() if high > 30 * low else ticker.MaxNLocator(5))
+    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    locator = ticker.MaxNLocator(5, steps=[1, 2, 5, 10])
+    choices: list[tuple[int, ...]] = [(1, 2, 5), tuple(range(1, 10))]
+    for digits in [(1,), *choices] if high > 30 * low else choices:
+        if sum(low <= digit * power <= high for digit in digits for power in powers) >= 2:
+            locator = ticker.LogLocator(subs=digits)
+            break
+    axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 

@@ -155,12 +155,17 @@ def decisions(trajectory: Trajectory) -> Figure:
             log_axis(axes)
     for number, decision in enumerate(numbered, start=1):
         for (axes,) in panels:
-            axes.axvline(decision["epoch"] + 0.5, color="#999999", linewidth=0.7, linestyle=(0, (2, 2)), zorder=0)
+            axes.axvline(decision["epoch"] + 0.5, color="#777777", linewidth=0.7, linestyle=(0, (2, 2)), zorder=1)
         top.annotate(str(number), (decision["epoch"] + 0.5, 1.0), xycoords=("data", "axes fraction"), ha="center",
                      va="bottom", fontsize=8)  # fmt: skip
     panels[-1][0].set_xlabel("epoch")
     panels[-1][0].set_xlim(0.5, max(trajectory.epochs, 1) + 0.5)
-    figure.suptitle(f"A run of {trajectory.epochs} epochs: what was decided, and why ({trajectory.optimizer})")
+    whole = require("matplotlib.ticker", extra="compare").MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10])
+    panels[-1][0].xaxis.set_major_locator(whole)
+    figure.suptitle(
+        f"A run of {trajectory.epochs} epochs: what was decided, and why ({trajectory.optimizer})\n"
+        f"numbered, {_NUMBERED} at most: the start, where the guard stepped in, and the policy's largest actions"
+    )
     if notes:
         figure.supxlabel("\n".join(notes), x=0.02, ha="left", fontsize=7.5, linespacing=1.25)
     figure.align_ylabels()

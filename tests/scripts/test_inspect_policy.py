@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from agents import policy_file
@@ -15,7 +16,7 @@ from agents.trajectory import Trajectory
 from agents.tuner import Tuner
 from hpo_env.observations import FEATURES
 from scripts import inspect_policy
-from scripts.reporting.inspection_plots import largest_moves
+from scripts.reporting.inspection_plots import decisions, largest_moves
 from tests.agents.test_inspection import TASKS
 from tests.linear import linear_policy
 from tests.scripts.doors import Door, one_line
@@ -105,6 +106,22 @@ def test_figures_have_words_for_the_start_the_guard_and_the_largest_moves(run: P
     kept = [decision["epoch"] for decision in largest_moves(trajectory)]
     assert "batch_size" not in start["hyperparameters"]
     assert kept == [0, 1, 2, 5, 6, 9]
+
+
+def test_the_figure_of_a_run_counts_epochs_and_shows_its_marks(run: Path) -> None:
+    pytest.importorskip("matplotlib")
+    trajectory = Trajectory.load(run / "policy" / "trajectory.json")
+    figure = decisions(trajectory)
+    figure.draw_without_rendering()
+    assert [float(tick) for tick in figure.axes[-1].get_xticks() if 1 <= tick <= 4] == [1, 2, 3, 4]
+    numbers = [text.get_text() for text in figure.axes[0].texts]
+    assert numbers == ["1", "2", "3", "4"]
+    for axes in figure.axes:
+        at = [np.asarray(line.get_xdata()).tolist() for line in axes.lines]
+        marks = [line for line, epochs in zip(axes.lines, at, strict=True) if len(epochs) == 2]
+        assert [epochs for epochs in at if len(epochs) == 2] == [[0.5] * 2, [1.5] * 2, [2.5] * 2, [3.5] * 2]
+        assert all(axes.xaxis.get_zorder() < mark.get_zorder() < 2 for mark in marks)  # the grid, and the curves
+    assert "the guard stepped in, and the policy's largest actions" in figure.get_suptitle()
 
 
 def test_bad_input_is_one_line(door: Door, run: Path, policy: Path, tmp_path: Path) -> None:

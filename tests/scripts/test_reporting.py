@@ -246,6 +246,28 @@ def test_plots_are_pictures(tasks: int, searches: bool, tmp_path: Path) -> None:
     assert dict(matplotlib.rcParams) == settings
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (1e-4, 1.0, ["0.0001", "0.001", "0.01", "0.1", "1"]),
+        (0.0011, 0.05, ["0.002", "0.005", "0.01", "0.02", "0.05"]),  # a factor of 45 with one power of ten
+        (0.08, 1.1, ["0.1", "0.2", "0.5", "1"]),
+        (0.4, 1.0, ["0.5", "1"]),
+        (0.12, 0.45, ["0.2", "0.3", "0.4"]),
+        (0.31, 0.345, ["0.31", "0.32", "0.33", "0.34"]),
+        (31.0, 170.0, ["50", "100"]),
+    ],
+)
+def test_logarithmic_axes_bear_at_least_two_numbers(low: float, high: float, labels: list[str]) -> None:
+    pytest.importorskip("matplotlib")
+    figure, ((axes,),) = drawing.subplots(1, 1, width=4, height=3)
+    axes.set_ylim(low, high)
+    drawing.log_axis(axes)
+    figure.draw_without_rendering()
+    shown = [tick.label1.get_text() for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert shown == labels
+
+
 def test_methods_look_different() -> None:
     looks = [(plots._line(name)["color"], str(plots._line(name).get("linestyle"))) for name in ("policy", *BASELINES)]
     assert len(set(looks)) == len(looks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -155,6 +156,12 @@ def write_config(out: Path, script: str, config: Any) -> None:
     """Write the effective settings of a script, a dataclass, into its run's folder."""
     values = asdict(config, dict_factory=lambda entries: {key: _plain(value) for key, value in entries})
     write_json(out / CONFIG_FILE, {"script": script, **values})
+
+
+def recorded(path: Path) -> str:
+    """A path for the command that is recorded with a result: as it was given, but of an absolute one, which says where
+    things are on this machine, only the name."""
+    return shlex.quote(path.name if path.is_absolute() else str(path))
 
 
 def _plain(value: Any) -> Any:

@@ -27,6 +27,7 @@ from scripts.common import (
     check_out,
     console,
     known,
+    recorded,
     run_main,
     tensorboard_hint,
     work_bar,
@@ -197,7 +198,7 @@ def _tasks(config: Config) -> list[Task]:
 
 
 def _command(config: Config) -> str:
-    """What repeats this evaluation; without the folders it was written to."""
+    """What repeats this evaluation, into another folder."""
     given = {
         "split": config.split,
         "budget": config.budget,
@@ -208,6 +209,8 @@ def _command(config: Config) -> str:
         "horizon-factor": None if config.horizon_factor == 1 else config.horizon_factor,
         "width-factor": None if config.width_factor == 1 else config.width_factor,
         "device": None if config.device == "cpu" else config.device,
+        "json": config.json and recorded(config.json),
+        "markdown": config.markdown and recorded(config.markdown),
     }
     options = [f"--{name} {value}" for name, value in given.items() if value is not None]
     if config.tasks:

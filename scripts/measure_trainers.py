@@ -23,7 +23,7 @@ from agents.optional import require
 from agents.policy import ControlPolicy
 from agents.provenance import provenance
 from agents.tuner import pretrained_path
-from scripts.common import Quiet, console, known, progress_bar, run_main, write_json
+from scripts.common import Quiet, console, known, progress_bar, recorded, run_main, write_json
 from scripts.reporting.sheet import Sheet
 
 
@@ -83,11 +83,8 @@ def main(config: Config) -> None:
     sheet = Sheet.plain("final validation loss; above 0 the tuner is better", HEAD, map(_cells, rows))
     console.print(sheet.to_rich())
     packages = {example.package: version(example.package) for example in examples}
-    command = f"python scripts/measure_trainers.py --seeds {config.seeds}"
-    if len(examples) < len(EXAMPLES):
-        command += f" --trainers {' '.join(config.trainers)}"
     policy = ControlPolicy.load(pretrained_path()).digest
-    origin = {**provenance("cpu"), "threads": 1, "packages": packages, "policy": policy, "command": command}
+    origin = {**provenance("cpu"), "threads": 1, "packages": packages, "policy": policy, "command": _command(config)}
     write_json(config.json, {"rows": rows, "provenance": origin})
     if config.markdown:
         text = f"\n{sheet.body()}\n\n{_remark(origin)}\n\n"
@@ -140,6 +137,17 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['wins']} of {len(losses['tuned'])}",
         *(f"{seconds[kind]:.1f}" for kind in ("tuned", "constant")),
     ]
+
+
+def _command(config: Config) -> str:
+    """What repeats this."""
+    words = ["python scripts/measure_trainers.py", f"--seeds {config.seeds}"]
+    if len(config.trainers) < len(EXAMPLES):
+        words.append(f"--trainers {' '.join(config.trainers)}")
+    words.append(f"--json {recorded(config.json)}")
+    if config.markdown:
+        words.append(f"--markdown {recorded(config.markdown)}")
+    return " ".join(words)
 
 
 def _remark(origin: dict[str, Any]) -> str:

@@ -65,9 +65,9 @@ def test_what_it_leaves_behind(door: Door, policy: Path, tmp_path: Path) -> None
     assert set(result["summary"]) >= KEYS
     assert set(result["summary"]["bad_start_failures"]) >= {"policy", "calibrated"}
     assert list(result["tasks"]) == ["wine/mlp", "digits/linear/sgd"] == list(result["summary"]["rse_by_task"])
-    assert result["provenance"]["command"].startswith(
-        "python scripts/evaluate.py --split meta-validation --budget full"
-    )
+    command = result["provenance"]["command"]
+    assert command.startswith("python scripts/evaluate.py --split meta-validation --budget full")
+    assert command.endswith(" --json x.json --markdown x.md --policy policy.safetensors --out runs/evaluation")
     assert str(tmp_path) not in (tmp_path / "x.json").read_text() + (tmp_path / "x.md").read_text()
     with (out / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -6,13 +6,15 @@ import importlib
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
 from scripts import measure_trainers
-from scripts.measure_trainers import EXAMPLES, FIGURES, measure
+from scripts.measure_trainers import EXAMPLES, FIGURES, Config, _command, measure
 from tests.scripts.doors import Door, one_line
 
 PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
@@ -46,7 +48,8 @@ def test_writes_the_figures_into_the_page(door: Door, tmp_path: Path, short: Non
     assert text.endswith("`\n\n<!-- end of figures -->\nafter\n")
     assert text.count("| plain PyTorch | 2 |") == 1
     assert f"| {np.mean(row['losses']['tuned']):.4f} |" in text
-    assert "--seeds 2 --trainers plain" in text
+    command = "python scripts/measure_trainers.py --seeds 2 --trainers plain --json figures.json --markdown page.md"
+    assert f"`{command}`" in text
 
 
 def test_bad_input_is_one_line(door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +75,9 @@ def test_the_page_is_whole() -> None:
     table = FIGURES.search(text)
     assert table
     assert all(f"| {example.title} |" in table[0] for example in EXAMPLES.values())
+    command = json.loads((PAGE.parents[1] / "results" / "trainers.json").read_text())["provenance"]["command"]
+    assert f"`{command}`" in table[0]
+    assert _command(tyro.cli(Config, args=shlex.split(command)[2:])) == command
     imports = re.findall(r"^from (agents[\w.]*) import (\w+)$", text, re.M)
     assert len(imports) == 3
     for module, name in imports:

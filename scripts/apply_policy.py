@@ -41,7 +41,7 @@ class Config(Quiet):
 
     Needs the extra `data` for most data sets; iris, wine, digits and the procedural ones come without. Leaves
     result.json, for each method TensorBoard events, and the policy's trajectory.json, which `inspect_policy.py --run`
-    explains. Takes seconds on small tables, minutes on images.
+    explains. Takes seconds on small tables, minutes on images, on one thread.
 
         python scripts/apply_policy.py --task iris/mlp --epochs 20 --out runs/iris
         python scripts/apply_policy.py --task letter/mlp --policy runs/default/policy.safetensors --out runs/letter
@@ -88,6 +88,7 @@ def compare(
     task: Task, methods: Mapping[str, MakeController], seed: int, device: str, out: Path
 ) -> dict[str, dict[str, Any]]:
     """Train `task` with each method, print the tables, and return the result as JSON has it."""
+    torch.set_num_threads(1)  # on busy cores, two threads wait for each other most of the time, some methods by chance
     runs: dict[str, Run] = {}
     with progress_bar(f"training {task.name}", task.horizon * len(methods)) as update:
         for index, (name, attach) in enumerate(methods.items()):

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.policy import ControlPolicy
@@ -44,6 +45,12 @@ def test_apply_policy_leaves_a_table_json_and_tensorboard_runs(door: Door, polic
         assert [event.value for event in events.Scalars("inner/val_loss")] == pytest.approx(run["val_loss"])
     assert set(result["constant"]["controls"]["lr"]) == {0.001}
     assert len(set(result["policy"]["controls"]["lr"])) == 4
+
+
+def test_apply_policy_trains_on_one_thread(door: Door, policy: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    door(apply_policy, "--policy", policy, "--task", "wine/mlp", "--epochs", 1, "--out", tmp_path / "out")
+    assert torch.get_num_threads() == 1
 
 
 def test_apply_policy_is_reproducible(door: Door, policy: Path, tmp_path: Path) -> None:

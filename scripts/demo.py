@@ -22,7 +22,7 @@ class Config(Quiet):
     """Meta-train a small agent on bundled tasks, then compare it, the shipped policy and the usual baselines.
 
     Needs the packages of the extra `data`. Leaves the agent, result.json and TensorBoard events of both. Takes a few
-    minutes on 2 cores, under one with the preset smoke.
+    minutes on 2 cores, one to two with the preset smoke.
 
         python scripts/demo.py
         python scripts/demo.py --preset smoke --task wine/mlp --out runs/glance

@@ -69,6 +69,16 @@ def test_the_tuner_helps_and_a_resumed_run_is_the_uninterrupted_one(walked: tupl
     assert resumed == tuned
 
 
+def test_a_run_that_is_over_says_its_loss_again(walked: tuple[Path, list[str], str]) -> None:
+    folder, _, printed = walked
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "resume.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == re.findall(r"^epoch 20  validation loss.*\n", printed, re.M)[-1]
+
+
 def test_what_is_left_behind(walked: tuple[Path, list[str], str]) -> None:
     folder, _, printed = walked
     trajectory = Trajectory.load(folder / "first.json")

@@ -33,7 +33,7 @@ def test_every_page_is_there(site: Path) -> None:
 def test_links_out_of_the_folder_lead_to_what_they_name(site: Path) -> None:
     observation = (site / "concepts/observation/index.html").read_text()
     assert 'href="../../source/hpo_env/observations.py/"' in observation
-    assert "relative_difference" in (site / "source/hpo_env/observations.py/index.html").read_text()
+    assert "relative_difference" in (site / "source/hpo_env/differences.py/index.html").read_text()
     base = (site / "concepts/base/index.html").read_text()
     assert 'href="../../source/hpo_env/base_rule.json"' in base
     source = (ROOT / "hpo_env/base_rule.json").read_bytes()

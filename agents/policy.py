@@ -104,7 +104,8 @@ class ControlPolicy(nn.Module):
         """
         # `means` with fewer of torch's calls, which take most of a decision's time; the same to the last bit.
         read, mean, std = self._read.numpy(), self.mean.numpy(), self.std.numpy()
-        normalized = ((observation[:, read] - mean) / std).clip(-OBSERVATION_CLIP, OBSERVATION_CLIP)
+        with np.errstate(over="ignore"):  # a stranger's std may be tiny
+            normalized = ((observation[:, read] - mean) / std).clip(-OBSERVATION_CLIP, OBSERVATION_CLIP)
         means = self.network(torch.from_numpy(normalized)).numpy()
         actions = np.zeros((len(observation), len(_CONTROLS)))
         actions[:, self._moved.numpy()] = means.clip(-1, 1)

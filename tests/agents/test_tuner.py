@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Required, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -530,4 +530,6 @@ def test_the_typed_arguments_are_the_tuners() -> None:
     assert TunerArguments.__annotations__.keys() == own.keys()
     types = get_type_hints(Tuner.__init__)
     assert get_type_hints(TunerArguments) == {name: types[name] for name in own}
-    assert TunerArguments.__required_keys__ == {n for n, p in own.items() if p.default is inspect.Parameter.empty}
+    extras = get_type_hints(TunerArguments, include_extras=True)
+    required = {name for name, hint in extras.items() if get_origin(hint) is Required}
+    assert required == {name for name, parameter in own.items() if parameter.default is inspect.Parameter.empty}

@@ -141,7 +141,8 @@ def warn_of_misfits(
             "the policy knows AdamW and SGD; with %s its learning rates may not fit: consider start='given'",
             type(optimizer).__name__,
         )
-    momenta = {float(group.get("momentum", SGD_MOMENTUM)) for group in optimizer.param_groups}
+    sgd = isinstance(optimizer, torch.optim.SGD)
+    momenta = {float(group["momentum"]) for group in optimizer.param_groups} if sgd else set()
     if start == "policy" and "lr" in controls and any(abs(momentum - SGD_MOMENTUM) > 0.05 for momentum in momenta):
         _log.warning(
             "the policy knows SGD with momentum %g; with %s its learning rates may not fit: consider start='given'",

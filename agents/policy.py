@@ -102,7 +102,7 @@ class ControlPolicy(nn.Module):
         Returns:
             Actions `[runs, controls]` in -1..1, and the state for the next call.
         """
-        # `means` with fewer of torch's calls, which take most of a decision's time; the same to the last bit.
+        # `means` in fewer of torch's calls, as time goes into their number; the same to the last bit.
         read, mean, std = self._read.numpy(), self.mean.numpy(), self.std.numpy()
         with np.errstate(over="ignore"):  # a stranger's std may be tiny
             normalized = ((observation[:, read] - mean) / std).clip(-OBSERVATION_CLIP, OBSERVATION_CLIP)

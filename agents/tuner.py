@@ -192,7 +192,7 @@ class Tuner:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """See the class. A decision is put into words when somebody reads this: that takes as long as deciding."""
+        """See the class. A decision is put into words only when somebody reads this."""
         for entry, explain in self._unexplained:
             with self._notices.surviving("explaining a decision"):
                 entry["reason"] = explain()

@@ -176,6 +176,11 @@ def test_a_momentum_that_the_policy_does_not_know(
     assert not caplog.messages
 
 
+def test_what_is_no_sgd_is_not_told_of_its_momentum(caplog: pytest.LogCaptureFixture) -> None:
+    Tuner(random_policy(), torch.optim.RMSprop(Loop().model.parameters()), total_epochs=30)  # momentum 0
+    assert ["AdamW and SGD; with RMSprop" in message for message in caplog.messages] == [True]
+
+
 def test_sgd_has_its_own_base() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1, momentum=0.9)
     tuner = Tuner(constant_policy(), optimizer, total_epochs=EPOCHS)

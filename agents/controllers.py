@@ -26,7 +26,7 @@ from .policy import ControlPolicy
 from .tuner import Tuner
 from .watch import LOWERED, Watch
 
-GIVEN_FACTOR = 100.0
+GIVEN_FACTOR = 1000.0
 """The tuner's `max_factor`, as it comes."""
 
 _KNOWN = (

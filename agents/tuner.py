@@ -70,7 +70,7 @@ class Tuner:
             `batch_sampler`, whose row order is part of the tuner's state.
         start: `policy` chooses absolute values; `given` takes the run's own values (with warm-up and cosine decay) as
             the base and stays within `max_factor` of that.
-        max_factor: see `start`. 100 is enough to mend a bad start; to fine-tune near your own values, give 3.
+        max_factor: see `start`. 1,000 is enough to mend a bad start; to fine-tune near your own values, give 3.
         controls: names of the controls that the policy may move; all that the run has and the policy knows when None.
         initial_loss: validation loss before training, if known: a signal like any other.
         signals: names of the losses that the run will give to `step`.
@@ -109,7 +109,7 @@ class Tuner:
         examples_per_epoch: int | None = None,
         batch_size: int | None = None,
         start: Literal["policy", "given"] = "policy",
-        max_factor: float = 100.0,
+        max_factor: float = 1000.0,
         controls: Sequence[str] | None = None,
         initial_loss: float | Tensor | None = None,
         signals: Sequence[str] = ("train_loss", "val_loss"),

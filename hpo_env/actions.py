@@ -16,9 +16,10 @@ class Range:
     """How far decisions reach, in the control's scale units (natural log, logit).
 
     Attributes:
-        first: largest move of the first decision, which chooses the start.
+        first: largest move of the first decision, which chooses the start; from a start that is off, as far as the
+            rule's value if that is further.
         step: largest move of a later decision.
-        limit: largest offset from the base schedule.
+        limit: largest offset from the base schedule; towards the rule's value, from there on.
     """
 
     first: float
@@ -40,9 +41,17 @@ _FIRST, _STEP, _LIMIT = (
 )
 
 
-def move(offsets: Array, actions: Array, first: NDArray[np.bool_], peaks: Array, max_factor: float = math.inf) -> Array:
-    """New offsets after a decision. An offset does not leave what the control's own range leaves room for: else it
-    would have to come all the way back before anything moved again.
+def move(
+    offsets: Array,
+    actions: Array,
+    first: NDArray[np.bool_],
+    peaks: Array,
+    max_factor: float = math.inf,
+    away: Array | float = 0.0,
+) -> Array:
+    """New offsets after a decision. From a start that is off, the first one reaches at least to the rule's values, and
+    the limits of all lie as far on the other side of these as from a good start. An offset does not leave what the
+    control's own range leaves room for: else it would have to come all the way back before anything moved again.
 
     Args:
         offsets: `[runs, controls]`, in scale units.
@@ -50,12 +59,14 @@ def move(offsets: Array, actions: Array, first: NDArray[np.bool_], peaks: Array,
         first: `[runs]`, whether this is a run's first decision.
         peaks: `[runs, controls]`, the base values, at their peaks over the run.
         max_factor: no offset exceeds the logarithm of this.
+        away: `[runs, controls]`, how far the base values are above the rule's, in scale units.
     """
     actions = np.where(np.isnan(actions), 0, np.clip(actions, -1, 1))
-    reach = np.where(first[:, None], _FIRST, _STEP)
-    limit = np.minimum(_LIMIT, math.log(max_factor))
+    reach = np.where(first[:, None], np.maximum(_FIRST, np.abs(away)), _STEP)
     down, up = SCALES.room(peaks)
-    return np.asarray(np.clip(offsets + reach * actions, np.maximum(-limit, down), np.minimum(limit, up)))
+    low = np.maximum(-np.minimum(_LIMIT + np.maximum(away, 0), math.log(max_factor)), down)
+    high = np.minimum(np.minimum(_LIMIT - np.minimum(away, 0), math.log(max_factor)), up)
+    return np.asarray(np.clip(offsets + reach * actions, low, high))
 
 
 def apply_offsets(base: Array, offsets: Array, max_factor: float = math.inf) -> Array:

@@ -219,7 +219,7 @@ class ControlLoop:
         state.actions = np.where(state.available & ~np.isnan(actions), np.clip(actions, -1, 1), 0)
         first = state.telemetry.interval == 0
         before = state.offsets
-        state.offsets = move(before, state.actions, first, self._base, self._max_factor)
+        state.offsets = move(before, state.actions, first, self._base, self._max_factor, self._away)
         if to_base is not None:
             state.offsets[to_base] = 0
         self._set_values(progress, before)

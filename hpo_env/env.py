@@ -141,7 +141,8 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
     ## Action space
     `Box(-1, 1, ({len(CONTROLS)},))`: one entry a control. Each moves the control's offset from the base schedule
     (AdamW or SGD calibrated for the run's length and size, with warm-up and cosine decay) on the control's own scale;
-    0 keeps the offset. The first action reaches further: it chooses the start.
+    0 keeps the offset. The first action reaches further: it chooses the start, and from a base that is off it reaches
+    at least the rule's values.
 
     | entry | control | scale | first action, up to | later actions, up to |
     |---|---|---|---|---|

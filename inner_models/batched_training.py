@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from inner_models.datasets import Split
+from inner_models.denormals import denormals_as_zero
 from inner_models.masks import source_of
 from inner_models.models import build_model, initialize, random_layers
 from inner_models.programs import Program, Tape, Workspace
@@ -96,6 +97,7 @@ class BatchedTraining:
             if name != "gradients":
                 buffer[replica].copy_(snapshot[name])
 
+    @denormals_as_zero()
     def advance(self, hyperparameters: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
         """Train every replica for one interval.
 
@@ -117,6 +119,7 @@ class BatchedTraining:
         result["val_loss"] = self.evaluate("val")
         return {name: result[name] for name in SIGNALS}
 
+    @denormals_as_zero()
     def evaluate(self, split: Literal["train", "val", "test"] | Split) -> NDArray[np.float64]:
         """Mean loss of each replica, `[replicas]`, on a split of the task's, or on rows of the caller's, without any
         regularization.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,31 @@ def offsets_seen(loop: ControlLoop) -> NDArray[np.float64]:
 # -- decisions ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("factor", "max_factor", "first", "last"),
+    [
+        (1.0, math.inf, 30, 100),
+        (0.1, math.inf, 3, 100),
+        (0.01, math.inf, 1, 100),
+        (0.01, 1000.0, 1, 10),
+        (0.01, 3.0, 0.03, 0.03),
+    ],
+)
+def test_a_rate_that_is_off_can_be_mended_at_once(
+    factor: float, max_factor: float, first: float, last: float, sign: int
+) -> None:
+    """The first decision reaches the rule's value, later ones as far beyond it as from a good start."""
+    rule = replace(BASE, lr=1e-2)
+    loop = make_loop(rule=flat(rule), given=replace(rule, lr=rule.lr * factor**sign), max_factor=max_factor)
+    reached = []
+    for interval in range(10):
+        lr = loop.decide(np.array([[sign, 0.0, 0.0, 0.0, 0.0, 0.0]]))["lr"]
+        reached.append(lr / rule.values(np.array([(interval + 0.5) / 10]))["lr"])
+        loop.record({})
+    assert [reached[0], reached[6]] == pytest.approx([first**sign, last**sign])
+
+
 def test_zero_actions_follow_the_base_schedule_exactly() -> None:
     loop = make_loop(given=BASE)
     for interval in range(12):  # past its length the run holds the last interval's values
@@ -63,7 +89,7 @@ def test_zero_actions_follow_the_base_schedule_exactly() -> None:
 
 
 def test_an_offset_stays_until_it_is_moved() -> None:
-    loop = make_loop(given=BASE)
+    loop = make_loop(rule=flat(BASE))
     up = np.array([[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
     for interval, (action, offset) in enumerate([(up, 30), (0 * up, 30), (up, 75), (up, 100), (-up, 40)]):
         values = loop.decide(action)

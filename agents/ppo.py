@@ -71,8 +71,8 @@ def meta_train(
     Args:
         seed: fixes the policy's initial weights, the tasks and all that is drawn in them.
         device: where the inner models train, `cpu` or `cuda`; the policy itself is small and stays on the CPU.
-        resume: go on from the newest whole checkpoint in `out`, exactly: on the same machine all comes out as if the
-            run had not stopped. With another device or number of workers, new episodes begin.
+        resume: go on from the newest whole checkpoint in `out`, exactly: on the same CPU all comes out as if the run
+            had not stopped. With another device or number of workers, new episodes begin.
         provenance: entries for the policy's header.
         report: called after every rollout and meta-validation.
 

@@ -143,7 +143,7 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Batch:
         """Go on from `state_dict()` of an environment made with the same arguments, by training its episodes again as
-        far as they were: on the same machine bit for bit.
+        far as they were: on the same CPU bit for bit.
 
         Returns:
             The observations, `[num_envs, features]`.

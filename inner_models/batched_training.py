@@ -28,9 +28,10 @@ from inner_models.signals import MEASURE_EVERY, SIGNALS
 from inner_models.tasks import Task, TaskData, prepare
 from inner_models.training import Streams, hyperparameters_of
 from inner_models.twins import Parameter
-from inner_models.updates import BETA1, BETA2, SGD_MOMENTUM, STEPS
+from inner_models.updates import BETA1, BETA2, COLUMNS, SGD_MOMENTUM, STEPS
 
-_EVALUATION_ROWS = 1024  # replicas x rows that are evaluated at once
+_EVALUATION_ROWS = 1 << 10  # replicas x rows that are evaluated at once on a CPU
+_EVALUATION_ROWS_ON_GPU = 1 << 17
 _STATE_BYTES = 1 << 24  # on a CPU, what a block keeps from micro-step to micro-step should stay in the cache
 _ACTIVATION_BYTES = 1 << 22  # and what it makes in a micro-step all the more
 
@@ -115,8 +116,9 @@ class BatchedTraining:
             block.advance(parts[rows], {name: column[rows] for name, column in values.items()})
             for block, rows in zip(self._blocks, np.split(np.arange(self.replicas), bounds), strict=True)
         ]
-        result = {name: torch.cat([part[name] for part in signals]).double().cpu().numpy() for name in signals[0]}
-        result["val_loss"] = self.evaluate("val")
+        # One transfer: on a GPU each waits for all that was launched.
+        table = torch.cat([torch.stack([*part.values()]) for part in signals], dim=1).double().cpu().numpy()
+        result = dict(zip(signals[0], table, strict=True)) | {"val_loss": self.evaluate("val")}
         return {name: result[name] for name in SIGNALS}
 
     @denormals_as_zero()
@@ -223,6 +225,8 @@ class _Block:
             for name, rows in (("x", train.inputs), ("y", train.targets))
         )
         self._programs = {fresh: self._record(self._x, self._y, training=True, fresh=fresh) for fresh in (True, False)}
+        self._columns = job.workspace.named("columns", (self.replicas, COLUMNS[job.task.optimizer]))
+        self._updates = {clear: self._record_update(clear) for clear in (True, False)}
         self._evaluations: dict[int, tuple[Tensor, Tensor, Program, Tensor]] = {}
         for row in range(self.replicas):
             self._initialize(row)
@@ -249,9 +253,7 @@ class _Block:
             self._smoothing.copy_(self._place(values["label_smoothing"]))
         columns = self._place(plan.columns(job.task.optimizer, values["lr"], values["weight_decay"]))
         measured = self._place(plan.measured)
-        update = STEPS[job.task.optimizer]
         weights, gradients, momentum = (self._state[name] for name in ("values", "gradients", "momentum"))
-        moments = [momentum, self._state["square"]] if "square" in self._state else [momentum]
         start = weights.clone()
         total, sums = self._place(np.zeros(self.replicas)), self._place(np.zeros((4, self.replicas)))
         fresh = True
@@ -265,8 +267,8 @@ class _Block:
             if plan.any_measured[step]:
                 sums += measured[step] * self._measure(gradients, momentum, columns[step])
             if plan.any_full[step]:
-                # A copy: compiled code would be made anew for a view that begins elsewhere.
-                update(weights, gradients, *moments, job.decays, columns[step].clone(), not fresh)
+                self._columns.copy_(columns[step])
+                self._updates[not fresh].run()
         norms = torch.linalg.vector_norm(weights, dim=1)
         moved = torch.linalg.vector_norm(start.sub_(weights), dim=1)
         count, norm, square, cosine = sums
@@ -283,7 +285,8 @@ class _Block:
     def evaluate(self, split: Literal["train", "val", "test"] | Split) -> Tensor:
         """Mean losses, `[replicas]`, in double precision."""
         rows = self._job.placed(split) if isinstance(split, Split) else self._job.split(split)
-        size = max(MICRO_BATCH, _EVALUATION_ROWS // self.replicas)
+        at_once = _EVALUATION_ROWS if self._job.device.type == "cpu" else _EVALUATION_ROWS_ON_GPU
+        size = max(MICRO_BATCH, at_once // self.replicas)
         total = torch.zeros(self.replicas, device=self._job.device, dtype=torch.float64)
         for x, y in zip(torch.split(rows.inputs, size), torch.split(rows.targets, size), strict=True):
             if len(x) not in self._evaluations:
@@ -317,6 +320,13 @@ class _Block:
                     tape.release(backward(gradient))
             tape.release(outputs, mean, gradient)
         return tape.program, losses
+
+    def _record_update(self, clear: bool) -> Program:
+        """The program of an optimizer step, with the scalars in `_columns`."""
+        buffers = [self._state[name] for name in ("values", "gradients", "momentum", "square") if name in self._state]
+        program = Program(self._job.device)
+        program.add(STEPS[self._job.task.optimizer], *buffers, self._job.decays, self._columns, clear)
+        return program
 
     @staticmethod
     def _measure(gradients: Tensor, momentum: Tensor, columns: Tensor) -> Tensor:

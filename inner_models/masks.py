@@ -13,6 +13,7 @@ from inner_models.augmentation import Augment
 from inner_models.sampling import draw_bytes
 
 _REFILL_BYTES = 1 << 20
+_REFILL_STEPS_ON_GPU = 8  # at least, for thousands of replicas: a call for a few bytes takes four times as long a byte
 
 
 class _Source:
@@ -33,6 +34,7 @@ class _Source:
         self.replicas = len(streams)
         self._streams = streams
         self._device, self._dtype = device, dtype
+        self._cpu = device.type == "cpu"
         self._drawn: NDArray[Any] | None = None
         self._on_device = torch.empty(0)
         self._at = 0
@@ -47,7 +49,8 @@ class _Source:
         self._streams[replica] = stream
         if self._drawn is not None and self._at < self._drawn.shape[1]:
             self._draw(replica, self._at)
-            self._upload()
+            if not self._cpu:
+                self._on_device[replica].copy_(torch.from_numpy(self._drawn[replica]))
 
     def _numbers(self, stream: np.random.Generator, count: int) -> NDArray[Any]:
         raise NotImplementedError
@@ -56,7 +59,8 @@ class _Source:
         """Where the next `units` numbers of each replica lie."""
         if self._drawn is None or self._at == self._drawn.shape[1]:
             row = units * self.replicas * np.dtype(self._kind).itemsize
-            self._drawn = np.empty((self.replicas, units * max(1, _REFILL_BYTES // row)), self._kind)
+            steps = max(1 if self._cpu else _REFILL_STEPS_ON_GPU, _REFILL_BYTES // row)
+            self._drawn = np.empty((self.replicas, units * steps), self._kind)
             for replica in range(self.replicas):
                 self._draw(replica, 0)
             self._upload()
@@ -70,9 +74,11 @@ class _Source:
         self._drawn[replica, start:] = self._numbers(self._streams[replica], count)
 
     def _upload(self) -> None:
-        if self._device.type != "cpu":
+        if not self._cpu:
             assert self._drawn is not None
-            self._on_device = torch.from_numpy(self._drawn).pin_memory().to(self._device, non_blocking=True)
+            drawn = torch.from_numpy(self._drawn)
+            drawn = drawn.pin_memory() if self._device.type == "cuda" else drawn.clone()
+            self._on_device = drawn.to(self._device, non_blocking=True)
 
 
 class MaskSource(_Source):
@@ -97,7 +103,7 @@ class MaskSource(_Source):
             keep: scratch of type bool, `[rows, units]`.
             mask: where to write, `[rows, units]`.
         """
-        if mask.is_cpu:  # numpy compares and casts several times as fast as torch
+        if self._cpu:  # numpy compares and casts several times as fast as torch
             assert self._drawn is not None
             np.greater_equal(self._drawn[rows, self._chosen], self._threshold[rows].numpy(), out=keep.numpy())
             np.multiply(keep.numpy(), self._scale[rows].numpy(), out=mask.numpy())
@@ -134,7 +140,7 @@ class NoiseSource(_Source):
     def fill(self, numbers: Tensor) -> None:
         """Draw the next numbers, `[replicas, units]`."""
         chosen = self._next(numbers.shape[1])
-        if numbers.is_cpu:
+        if self._cpu:
             assert self._drawn is not None
             numbers.copy_(torch.from_numpy(self._drawn[:, chosen]))
         else:

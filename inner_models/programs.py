@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -49,12 +49,19 @@ class Workspace:
 class Program:
     """Calls in two lists: those that take in new data from the host, and those on the device that follow."""
 
+    _can_capture: ClassVar[bool] = True
+
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._before: list[Callable[[], object]] = []
         self._calls: list[Callable[[], object]] = []
-        self._capture = device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._runs = 0
+
+    @property
+    def captured(self) -> bool:
+        """Whether it runs as a CUDA graph by now."""
+        return self._graph is not None
 
     def run(self) -> None:
         """Run all calls in the order in which they were recorded."""
@@ -63,7 +70,7 @@ class Program:
         if self._graph is not None:
             self._graph.replay()
             return
-        if self._capture and self._runs == _WARM_UP:
+        if self._runs == _WARM_UP and self._device.type == "cuda" and Program._can_capture:
             self._try_capture()
             if self._graph is not None:
                 self._graph.replay()
@@ -80,16 +87,32 @@ class Program:
         self._before.append(partial(function, *args))
 
     def _try_capture(self) -> None:
-        """Capturing does not run the calls. Where it cannot be done, the calls go on being made one by one."""
-        graph = torch.cuda.CUDAGraph()
+        """Capturing does not run the calls. Where it cannot be done, they go on being made one by one, and so do those
+        of the other programs: a failed capture can leave the allocator unable to make another."""
         try:
-            with torch.cuda.graph(graph):
-                for call in self._calls:
-                    call()
-            self._graph = graph
+            self._graph = _capture(self._calls, self._device)
         except RuntimeError as error:
-            self._capture = False
+            Program._can_capture = False
             _log.warning("no CUDA graph could be captured, so inner training is slower: %s", error)
+
+
+def _capture(calls: Sequence[Callable[[], object]], device: torch.device) -> torch.cuda.CUDAGraph:
+    """A graph of `calls`. `torch.cuda.graph` would wait for the device and empty the caches every time, and a
+    meta-training captures thousands."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        # So that the graph gets a workspace of its own: one shared with an earlier graph would be gone with that
+        # (https://github.com/pytorch/pytorch/issues/193402).
+        torch._C._cuda_clearCublasWorkspaces()
+        graph.capture_begin()
+        try:
+            for call in calls:
+                call()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return graph
 
 
 class Tape:

@@ -53,6 +53,14 @@ def _embedding(module: nn.Embedding, site: Site, tape: Tape, tokens: Tensor) -> 
     tape.release(table)
 
     def backward(g: Tensor) -> Tensor:
+        if not tape.cpu:  # sums of `index_add_` come in any order on a GPU, a product's do not
+            flat = tape.view(g, replicas, -1, width)
+            hot = tape.take(replicas, flat.shape[1], vocabulary)
+            tape.call(hot.zero_)
+            tape.call(hot.scatter_, 2, tokens.view(replicas, -1, 1), 1.0)
+            tape.add_product(weight.gradient, hot.transpose(1, 2), flat)
+            tape.release(hot, rows)
+            return g
         gt = tape.take(*table.shape)
         tape.call(gt.zero_)
         tape.call(gt.flatten(0, 1).index_add_, 0, rows.flatten(), tape.view(g, -1, width))

@@ -1,7 +1,8 @@
 """Optimizer steps of many replicas at once, each with its own hyperparameters, on flat buffers.
 
 One definition runs in three ways: as it stands, compiled to one vectorized loop on a CPU, or to one Triton kernel on a
-GPU. A test holds the ways equal bit for bit, so that it does not matter to a run when the change is made.
+GPU. On a CPU a test holds both equal bit for bit, so that it does not matter to a run when the change is made. On a
+GPU, where a kernel rounds less often than the operations one by one, it is made before the first step.
 """
 
 from __future__ import annotations
@@ -68,34 +69,38 @@ def _sqrt(x: Tensor) -> Tensor:
 
 
 class Fused:
-    """A function of tensors that is compiled once it has been used long enough, where that makes it faster.
+    """A function of tensors that is compiled; on a CPU once it has been used for long, and where that makes it faster.
 
     Args:
-        function: works in place, on its tensor arguments alone.
+        function: works in place, on its tensor arguments alone; the last argument is a flag.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self._function = self._chosen = function
+        self._function = function
+        self._chosen: dict[str, Callable[..., None]] = {}
         self._seconds = 0.0
-        self._decided = False
 
-    def __call__(self, *args: Tensor | bool) -> None:
-        if self._decided:
-            self._chosen(*args)
+    def __call__(self, first: Tensor, *others: Tensor | bool) -> None:
+        args, device = (first, *others), first.device.type
+        if device not in self._chosen and device == "cpu":
+            started = time.perf_counter()
+            self._function(*args)
+            self._seconds += time.perf_counter() - started
+            if self._seconds > COMPILE_AFTER:
+                self._chosen[device] = self._compiled(args, device)
             return
-        started = time.perf_counter()
-        self._function(*args)
-        self._seconds += time.perf_counter() - started
-        if self._seconds > COMPILE_AFTER:
-            self._decide(*args)
+        if device not in self._chosen:
+            self._chosen[device] = self._compiled(args, device)
+        self._chosen[device](*args)
 
-    def _decide(self, *args: Tensor | bool) -> None:
-        self._decided = True
+    def _compiled(self, args: tuple[Tensor | bool, ...], device: str) -> Callable[..., None]:
+        """The function, compiled for arguments like these; or as it is, where that fails or, on a CPU, is faster."""
         compiled = torch.compile(self._function, dynamic=True)
         try:
-            compiled(*_copies(args))
-            if _seconds(compiled, args) < _seconds(self._function, args):
-                self._chosen = compiled
+            for flag in (True, False):
+                compiled(*_copies(args)[:-1], flag)
+            if device != "cpu" or _seconds(compiled, args) < _seconds(self._function, args):
+                return compiled
         except Exception as error:  # whatever a compiler or its absence raises: the function itself always works
             reason = str(error).strip().splitlines()
             _log.warning(
@@ -103,6 +108,7 @@ class Fused:
                 self._function.__name__,
                 reason[0] if reason else type(error).__name__,
             )
+        return self._function
 
 
 def _copies(args: tuple[Tensor | bool, ...]) -> list[Tensor | bool]:
@@ -110,17 +116,18 @@ def _copies(args: tuple[Tensor | bool, ...]) -> list[Tensor | bool]:
 
 
 def _seconds(function: Callable[..., None], args: tuple[Tensor | bool, ...], runs: int = 5) -> float:
-    """Fastest of some runs on copies of the arguments."""
+    """Fastest of some runs on copies of the arguments, on a CPU."""
     times = []
     for _ in range(runs):
         copies = _copies(args)
         started = time.perf_counter()
         function(*copies)
-        if isinstance(args[0], Tensor) and args[0].is_cuda:
-            torch.cuda.synchronize(args[0].device)
         times.append(time.perf_counter() - started)
     return min(times)
 
 
 STEPS = {"adamw": Fused(adamw), "sgd": Fused(sgd)}
 """Optimizer name -> its step."""
+
+COLUMNS = {"adamw": 6, "sgd": 4}
+"""Optimizer name -> scalars of a replica's step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import get_args
 
@@ -14,7 +15,7 @@ from torch import nn
 from inner_models import batched_training, masks
 from inner_models.batched_training import BatchedTraining
 from inner_models.models import Activation, ModelSpec, Normalization, build_model
-from inner_models.programs import Tape, Workspace
+from inner_models.programs import Program, Tape, Workspace
 from inner_models.replicated_layers import parameter_count, record
 from inner_models.signals import SIGNALS
 from inner_models.tasks import OptimizerName, Task, prepare
@@ -68,13 +69,26 @@ def assert_same(
     assert {name: engine[name][replica] for name in SIGNALS} == pytest.approx(reference, rel=rtol, abs=1e-12)
 
 
-def assert_twins(task: Task, device: str = "cpu") -> None:
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+def assert_twins(task: Task, device: str = "cpu", intervals: int = 3) -> BatchedTraining:
     engine = BatchedTraining(task, SEEDS, device=device, dtype=torch.float64)
     runs = [Training(task, seed, device=device, dtype=torch.float64) for seed in SEEDS]
-    for _ in range(3):
+    for _ in range(intervals):
         signals = engine.advance(VALUES)
         for replica, run in enumerate(runs):
             assert_same(signals, replica, advance(run, replica))
+    return engine
+
+
+def programs_of(engine: BatchedTraining) -> list[Program]:
+    """All that the engine has recorded."""
+    found: list[Program] = []
+    for block in engine._blocks:
+        found += [program for program, _ in block._programs.values()]
+        found += [*block._updates.values(), *(program for _, _, program, _ in block._evaluations.values())]
+    return found
 
 
 @pytest.mark.parametrize("normalization", ["none", "layer"])
@@ -93,10 +107,52 @@ def test_every_activation(kind: str, activation: Activation) -> None:
     assert_twins(replace(task, model=replace(task.model, activation=activation)))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@CUDA
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize(("dataset", "kind"), TASKS)
-def test_engine_equals_reference_on_cuda(dataset: str, kind: str) -> None:
-    assert_twins(make_task(dataset, kind, normalization="layer"), "cuda")
+def test_engine_equals_reference_on_cuda(
+    dataset: str, kind: str, optimizer: OptimizerName, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Long enough that every program is captured and replayed; nothing is warned of."""
+    engine = assert_twins(make_task(dataset, kind, optimizer, normalization="layer"), "cuda", intervals=6)
+    assert all(program.captured for program in programs_of(engine))
+    assert not caplog.records
+
+
+@CUDA
+@pytest.mark.parametrize(("dataset", "kind"), TASKS)
+def test_single_precision_on_cuda_is_that_of_the_cpu(dataset: str, kind: str) -> None:
+    task = make_task(dataset, kind, normalization="layer")
+    on_cpu, on_cuda = (BatchedTraining(task, SEEDS, device=device) for device in ("cpu", "cuda"))
+    for _ in range(2):
+        expected, found = on_cpu.advance(VALUES), on_cuda.advance(VALUES)
+    for name in SIGNALS:
+        assert found[name] == pytest.approx(expected[name], rel=2e-2, abs=1e-4), name
+
+
+@CUDA
+def test_graphs_outlive_engines_that_were_captured_before() -> None:
+    task = make_task("digits", "mlp")
+    lone = BatchedTraining(task, SEEDS, device="cuda", dtype=torch.float64)
+    expected = [lone.advance(VALUES) for _ in range(8)]
+    first, second = (BatchedTraining(task, SEEDS, device="cuda", dtype=torch.float64) for _ in range(2))
+    found = []
+    for _ in range(4):
+        first.advance(VALUES)
+        found.append(second.advance(VALUES))
+    del first, lone
+    gc.collect()
+    torch.cuda.empty_cache()
+    found += [second.advance(VALUES) for _ in range(4)]
+    for one, other in zip(expected, found, strict=True):
+        for name in SIGNALS:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@pytest.mark.usefixtures("like_a_gpu")
+@pytest.mark.parametrize(("dataset", "kind"), TASKS)
+def test_the_calls_for_a_gpu_equal_the_reference(dataset: str, kind: str) -> None:
+    assert_twins(make_task(dataset, kind, normalization="layer"))
 
 
 def test_replicas_differ() -> None:
@@ -110,9 +166,17 @@ def test_replicas_differ() -> None:
 # The small buffers are refilled within an interval, and a restart falls into the middle of one.
 @pytest.mark.parametrize("refill_bytes", [1 << 24, 7 * 3 * 256])
 @pytest.mark.parametrize(("dataset", "kind"), [("digits", "mlp"), ("markov-text-0", "transformer")])
+@pytest.mark.parametrize("calls", ["for a CPU", "for a GPU"])
 def test_restarted_replica_is_a_fresh_run(
-    dataset: str, kind: str, refill_bytes: int, monkeypatch: pytest.MonkeyPatch
+    calls: str,
+    dataset: str,
+    kind: str,
+    refill_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if calls == "for a GPU":
+        request.getfixturevalue("like_a_gpu")
     monkeypatch.setattr(masks, "_REFILL_BYTES", refill_bytes)
     task = make_task(dataset, kind)
     engine = BatchedTraining(task, SEEDS, dtype=torch.float64)

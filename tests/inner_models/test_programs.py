@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
+from inner_models import programs
 from inner_models.programs import Program, Tape, Workspace, same_memory
 
 CPU = torch.device("cpu")
@@ -148,18 +152,64 @@ def test_a_shape_that_no_view_can_have_is_copied_at_every_run() -> None:
 def test_a_program_without_a_cuda_graph_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(*_: object) -> None:
+    """Nor does another one try."""
+    tried: list[object] = []
+
+    def fails(calls: object, device: object) -> None:
+        tried.append(device)
         raise RuntimeError("no graphs here")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", fails)
-    program = Program(torch.device("cuda"))
+    monkeypatch.setattr(programs, "_capture", fails)
+    monkeypatch.setattr(Program, "_can_capture", True)
     runs: list[int] = []
-    program.add(runs.append, 0)
     with caplog.at_level(logging.WARNING, logger="hyperpilot"):
-        for _ in range(5):
-            program.run()
-    assert len(runs) == 5
+        for _ in range(2):
+            program = Program(torch.device("cuda"))
+            program.add(runs.append, 0)
+            for _ in range(5):
+                program.run()
+            assert not program.captured
+    assert len(runs) == 10
+    assert len(tried) == 1
     assert [record.getMessage() for record in caplog.records] == [
         "no CUDA graph could be captured, so inner training is slower: no graphs here"
     ]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_capture_is_ended_and_its_stream_left(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its calls raise. (A stand-in for the device writes down what is asked of it.)"""
+    asked: list[str] = []
+
+    class Graph:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: asked.append(name)
+
+    @contextmanager
+    def entered(_: object) -> Iterator[None]:
+        asked.append("enter")
+        try:
+            yield
+        finally:
+            asked.append("leave")
+
+    for name, value in {"CUDAGraph": Graph, "stream": entered}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: Graph())
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: asked.append("clear"), raising=False)
+    monkeypatch.setattr(Program, "_can_capture", True)
+    program = Program(torch.device("cuda"))
+
+    def call() -> None:
+        asked.append("call")
+        if not works and asked.count("capture_begin") > asked.count("capture_end"):
+            raise RuntimeError("not while capturing")
+
+    program.add(call)
+    for _ in range(4):
+        program.run()
+    capture = ["wait_stream", "enter", "clear", "capture_begin", "call", "capture_end", "leave"]
+    after = ["wait_stream", "replay", "replay"] if works else ["call", "call"]
+    assert asked == ["call", "call", *capture, *after]
+    assert program.captured == works

@@ -34,13 +34,14 @@ def advance(run: Training, replica: int) -> dict[str, float]:
     return plain.advance(run, replica)
 
 
-def assert_twins(task: Task, device: str = "cpu") -> None:
+def assert_twins(task: Task, device: str = "cpu", intervals: int = 2) -> BatchedTraining:
     engine = BatchedTraining(task, SEEDS, device=device, dtype=torch.float64)
     runs = [Training(task, seed, device=device, dtype=torch.float64) for seed in SEEDS]
-    for _ in range(2):
+    for _ in range(intervals):
         signals = engine.advance(VALUES)
         for replica, run in enumerate(runs):
             assert_same(signals, replica, advance(run, replica))
+    return engine
 
 
 @pytest.mark.parametrize(("dataset", "kind"), TASKS)
@@ -52,10 +53,17 @@ def test_engine_equals_reference_with_sgd() -> None:
     assert_twins(make_task("digits", "cnn", "sgd"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@plain.CUDA
 @pytest.mark.parametrize(("dataset", "kind"), TASKS)
 def test_engine_equals_reference_on_cuda(dataset: str, kind: str) -> None:
-    assert_twins(make_task(dataset, kind), "cuda")
+    engine = assert_twins(make_task(dataset, kind), "cuda", intervals=6)
+    assert all(program.captured for program in plain.programs_of(engine))
+
+
+@pytest.mark.usefixtures("like_a_gpu")
+@pytest.mark.parametrize(("dataset", "kind"), TASKS)
+def test_the_calls_for_a_gpu_equal_the_reference(dataset: str, kind: str) -> None:
+    assert_twins(make_task(dataset, kind))
 
 
 @pytest.mark.parametrize(("dataset", "kind"), [("digits", "cnn"), ("diabetes", "mlp"), ("markov-text-0", "gru")])

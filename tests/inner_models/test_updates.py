@@ -120,6 +120,24 @@ def test_compiling_is_put_off_and_changes_nothing_but_speed(monkeypatch: pytest.
     assert x.tolist() == [4.0] * 3
 
 
+def test_elsewhere_no_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the bits change with it. (The meta device stands in for one.)"""
+    made: list[list[bool]] = []
+
+    def compile_(function: Step, **_: Any) -> Step:
+        made.append([])
+        return lambda x, flag: made[-1].append(flag)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(updates, "_seconds", lambda *_: pytest.fail("timed"))
+    fused, x = Fused(add_one), torch.zeros(3, device="meta")
+    for _ in range(2):
+        fused(x, False)
+    assert made == [[True, False, False, False]]  # both kinds beforehand
+    fused(y := torch.zeros(3), False)
+    assert y.tolist() == [1.0] * 3
+
+
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -147,4 +165,4 @@ def test_a_slower_compiled_function_is_not_used(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(updates, "_seconds", lambda function, args: 2.0 if function is worse else 1.0)
     fused = Fused(add_one)
     fused(torch.zeros(3), True)
-    assert fused._chosen is add_one
+    assert fused._chosen == {"cpu": add_one}

@@ -195,8 +195,6 @@ class TaskDistribution:
         optimizers: drawn uniformly from this tuple, so repetition gives weight.
         horizons: range of intervals an episode.
         examples: range of training examples an episode; at least two micro-batches an interval.
-        examples_skew: above 1, long episodes are rarer than log-uniform ones would be: the power to which the uniform
-            number is taken that decides.
         train_rows: range of the training subset's size, capped at what there is.
         eval_rows: validation rows used.
         noisy_share: share of tasks with label noise, drawn uniformly from 0.05..0.3.
@@ -209,7 +207,6 @@ class TaskDistribution:
     optimizers: tuple[OptimizerName, ...] = ("adamw", "adamw", "adamw", "sgd")
     horizons: tuple[int, int] = (8, 64)
     examples: tuple[int, int] = (1024, 131_072)
-    examples_skew: float = 1.0
     train_rows: tuple[int, int] = (48, 8192)
     eval_rows: int = 384
     noisy_share: float = 0.3
@@ -222,8 +219,6 @@ class TaskDistribution:
             low, high = getattr(self, name)
             if not 1 <= low <= high:
                 raise ValueError(f"{name} must be a range of positive numbers, low to high, not {low}..{high}")
-        if not self.examples_skew > 0:
-            raise ValueError(f"examples_skew must be above 0, not {self.examples_skew}")
 
     def sample(self, rng: np.random.Generator) -> Task:
         """Draw a task. Costly models, by kind (`COST_SHARE`) and width, get fewer examples."""
@@ -232,8 +227,7 @@ class TaskDistribution:
         width = _log_uniform_int(rng, *self.widths)
         depth = int(rng.integers(self.depths[0], self.depths[1] + 1))
         share = COST_SHARE.get(kind, 1.0)
-        drawn = _log_uniform_int(rng, *self.examples, self.examples_skew)
-        examples = share * min(1.0, FULL_SHARE_WIDTH / width) * drawn
+        examples = share * min(1.0, FULL_SHARE_WIDTH / width) * _log_uniform_int(rng, *self.examples)
         horizon = _log_uniform_int(rng, *self.horizons)
         if kind == "cnn":
             width = max(4, width // 4)
@@ -263,8 +257,8 @@ class TaskDistribution:
         )
 
 
-def _log_uniform_int(rng: np.random.Generator, low: int, high: int, skew: float = 1.0) -> int:
-    return round(math.exp(math.log(low) + rng.random() ** skew * (math.log(high) - math.log(low))))
+def _log_uniform_int(rng: np.random.Generator, low: int, high: int) -> int:
+    return round(math.exp(rng.uniform(math.log(low), math.log(high))))
 
 
 def _choice(rng: np.random.Generator, options: tuple[Any, ...]) -> Any:

@@ -303,23 +303,6 @@ def test_an_interval_has_two_micro_batches_at_least() -> None:
     assert {distribution.sample(rng).interval_examples for _ in range(20)} == {2 * MICRO_BATCH}
 
 
-@pytest.mark.parametrize(("skew", "share"), [(1.0, 0.5), (2.0, 1 - 0.5**0.5), (3.0, 1 - 0.5 ** (1 / 3))])
-def test_long_episodes_can_be_rarer(skew: float, share: float) -> None:
-    """The share of episodes above the geometric middle of the range, of 1,000: within four standard errors."""
-    tasks = replace(DISTRIBUTION, entries=(("wine", ("mlp",)),), widths=(16, 16), horizons=(8, 8), examples_skew=skew)
-    rng = np.random.default_rng(0)
-    lengths = [8 * (tasks.sample(rng).interval_examples or 0) for _ in range(1000)]
-    assert 4096 - 8 < min(lengths) < 4150
-    assert 16_000 < max(lengths) <= 16_384
-    assert np.mean(np.array(lengths) > 8192) == pytest.approx(share, abs=0.06)
-
-
-@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
-def test_a_skew_that_is_none(bad: float) -> None:
-    with pytest.raises(ValueError, match=f"examples_skew must be above 0, not {bad}"):
-        replace(DISTRIBUTION, examples_skew=bad)
-
-
 @pytest.mark.parametrize("field", ["widths", "depths", "horizons", "examples", "train_rows"])
 @pytest.mark.parametrize("bad", [(0, 5), (7, 6), (-1, 2)])
 def test_ranges_that_are_none(field: str, bad: tuple[int, int]) -> None:

@@ -25,7 +25,7 @@ from .evaluation import labels, scaled
 from .measures import interquartile_mean, log_ratio, win_rate
 from .policy import ControlPolicy
 from .schedules import Cosine
-from .summary import losses
+from .summary import losses, nearness
 
 OTHERS = ("calibrated", "base-rule", "cosine", "replay")
 """`replay`: the policy's mean trajectory on the same task where nothing was changed (of the other seeds), open-loop."""
@@ -93,7 +93,8 @@ def measure(
     device: str = "cpu",
     report: Callable[[float, float, str], None] = lambda done, total, name: None,
 ) -> list[dict[str, Any]]:
-    """One row a point: log ratios of the others' losses to the policy's, above 0 where the policy is better.
+    """One row a point: log ratios of the others' losses to the policy's, above 0 where the policy is better. On the
+    axis `start` also how near the policy's runs end to those from the good start (`agents.summary.nearness`).
 
     Args:
         seeds: runs of each task and method, paired.
@@ -118,7 +119,14 @@ def measure(
             }
     run_cells(list(cells.values()), store, **settings)
     runs: dict[Any, list[Run]] = {key: store.load(cell) for key, cell in cells.items()}  # type: ignore[misc]
-    return [_row(point, list(named), runs) for point in points]
+    rows = [_row(point, list(named), runs) for point in points]
+    for row, point in zip(rows, points, strict=True):
+        if point.axis == "start":
+            runs |= {("good", label): store.load(unchanged[1.0, label]) for label in named}  # type: ignore[misc]
+            pairs = [(runs[point, label, "policy"], runs["good", label]) for label in named]
+            ends, good = (np.concatenate([losses(found, "val") for found in side]) for side in zip(*pairs, strict=True))
+            row["against_good_start"] = nearness(ends, good)
+    return rows
 
 
 def _row(point: Point, names: Sequence[str], runs: Mapping[Any, list[Run]]) -> dict[str, Any]:

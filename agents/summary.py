@@ -267,7 +267,7 @@ def recovery(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict
         tasks: as in `summarize`; their `bad_starts` are looked at.
 
     Returns:
-        Starter -> factor -> `near` (share of runs that end within `NEAR`) and `median` (of the losses' ratio).
+        Starter -> factor -> `nearness`.
     """
     starters = next(iter(tasks.values()))["bad_starts"]
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -276,9 +276,18 @@ def recovery(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict
         good = np.concatenate([table["1.0"] for table in tables])
         found[name] = {}
         for factor in by_factor:
-            ratios = np.concatenate([table[factor] for table in tables]) / good
-            found[name][factor] = {"near": float(np.mean(ratios <= NEAR)), "median": float(np.median(ratios))}
+            found[name][factor] = nearness(np.concatenate([table[factor] for table in tables]), good)
     return found
+
+
+def nearness(ends: Array, good: Array) -> dict[str, float]:
+    """`near`: the share of runs that end within `NEAR` of the loss from the good start; `median`: of the losses' ratio.
+
+    Args:
+        ends, good: final losses, `[runs]`, from the bad start and from the good one.
+    """
+    ratios = ends / good
+    return {"near": float(np.mean(ratios <= NEAR)), "median": float(np.median(ratios))}
 
 
 def _failed(runs: list[Run], bar: Array) -> list[bool]:

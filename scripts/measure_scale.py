@@ -95,11 +95,16 @@ def _tasks(config: Config) -> list[Task]:
 def _cells(rows: list[dict[str, Any]]) -> list[list[str]]:
     """The table, its head first: log ratios, interquartile means with their intervals."""
     columns = [(other, kind) for other in OTHERS for kind in ("val", "test")]
-    lines = [[rows[0]["axis"], "runs", *(f"{kind}, {other}" for other, kind in columns), "out of depth"]]
+    started = "against_good_start" in rows[0]
+    near = ["val within 5% of that from a good start, median ratio"] if started else []
+    lines = [[rows[0]["axis"], "runs", *(f"{kind}, {other}" for other, kind in columns), "out of depth", *near]]
     for row in rows:
         entries = [row["against"][other][kind] for other, kind in columns]
         ratios = [f"{entry['iqm']:+.3f} [{entry['ci'][0]:+.3f}, {entry['ci'][1]:+.3f}]" for entry in entries]
         lines.append([f"{row['value']:g}", str(row["runs"]), *ratios, f"{row['out_of_depth_share']:.1%}"])
+        if started:
+            good = row["against_good_start"]
+            lines[-1].append(f"{good['near']:.0%}, x {good['median']:.3f}")
     return lines
 
 

@@ -55,5 +55,7 @@ def test_measures_every_point_against_every_other(
     bad, good = json.loads(file.read_text())["rows"]
     for row in (bad, good):  # what it deviates from is what was given
         assert row["against"]["base-rule"]["val"]["by_task"] == row["against"]["calibrated"]["val"]["by_task"]
+    assert good["against_good_start"] == {"near": 1, "median": 1}
+    assert bad["against_good_start"]["median"] != 1
     assert bad["against"]["replay"]["val"]["by_task"] != good["against"]["replay"]["val"]["by_task"]
     one_line(door(measure_scale, *arguments, "--tasks", "wine/mpl", "--json", file, status=2), "wine/mpl", "wine/mlp")

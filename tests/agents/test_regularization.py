@@ -74,7 +74,8 @@ def test_a_tuner_moves_both_in_a_plain_loop() -> None:
         train_loss, val_loss = run.epoch(epoch)
         tuner.step(train_loss=train_loss, val_loss=val_loss)
     odds = np.array(used) / (1 - np.array(used)) * 9  # of the user's tenth, whose odds are 1/9
-    expected = np.exp(np.outer([2.5, 3.5, 4.5, 5.5], [0.5, -0.4])).clip(1 / 20, 20)
+    first = np.log((0.1 / 0.9) / (0.005 / 0.995))  # to the rule's 0.005, which is further than 2.5
+    expected = np.exp(np.outer(first + np.arange(4), [0.5, -0.4])).clip(1 / 20, 20)
     low, high = (limit / (1 - limit) * 9 for limit in (0.005, 0.5))
     np.testing.assert_allclose(odds, expected.clip(low, high), rtol=1e-6)
     assert "augmentation" in tuner.history[0]["reason"]

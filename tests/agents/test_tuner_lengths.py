@@ -386,9 +386,10 @@ def test_what_is_given_does_not_depend_on_the_length() -> None:
     assert chosen[0] == pytest.approx({"lr": LR * warmup_cosine(1, 6), "weight_decay": DECAY, "dropout": DROPOUT})
 
 
-def test_what_is_given_may_be_left_by_a_factor_of_100() -> None:
+def test_what_is_given_may_be_left_by_the_factor() -> None:
     run = Loop()
-    tuner = Tuner(constant_policy(lr=1.0, weight_decay=-1.0), run.optimizer, total_epochs=6, start="given")
+    policy = constant_policy(lr=1.0, weight_decay=-1.0)
+    tuner = Tuner(policy, run.optimizer, total_epochs=6, start="given", max_factor=100.0)
     for _ in range(5):
         values = tuner.step(train_loss=1.0, val_loss=1.0)
     assert values["lr"] == pytest.approx(100 * LR * warmup_cosine(5, 6))

@@ -14,7 +14,8 @@ def denormals_as_zero() -> Iterator[None]:
     """Count single-precision numbers below 1.2e-38 as zero, in this thread and on a CPU that can.
 
     The momentum of a unit that gets no gradient any more decays to such numbers, and some processors, Intel's among
-    them, then take some ten times as long for an optimizer step. Nothing comes of them: they are added to a weight.
+    them, then take up to ten times as long for an optimizer step. Next to nothing comes of them: they are added to a
+    weight.
     """
     before = _are_zero()
     torch.set_flush_denormal(True)

@@ -77,7 +77,8 @@ class _Source:
         if not self._cpu:
             assert self._drawn is not None
             drawn = torch.from_numpy(self._drawn)
-            drawn = drawn.pin_memory() if self._device.type == "cuda" else drawn.clone()
+            if self._device.type == "cuda":
+                drawn = drawn.pin_memory()
             self._on_device = drawn.to(self._device, non_blocking=True)
 
 

@@ -33,7 +33,7 @@ from inner_models.updates import BETA1, BETA2, COLUMNS, SGD_MOMENTUM, STEPS
 _EVALUATION_ROWS = 1 << 10  # replicas x rows that are evaluated at once on a CPU
 _EVALUATION_ROWS_ON_GPU = 1 << 17
 _STATE_BYTES = 1 << 24  # on a CPU, what a block keeps from micro-step to micro-step should stay in the cache
-_ACTIVATION_BYTES = 1 << 22  # and what it makes in a micro-step all the more
+_ACTIVATION_BYTES = 1 << 23  # and what it makes in a micro-step all the more
 
 
 class BatchedTraining:
@@ -306,8 +306,9 @@ class _Block:
         job = self._job
         tape = Tape(job.workspace, training=training, fresh=fresh)
         losses = job.workspace.named("losses", (self.replicas,))
-        for start in range(0, self.replicas, job.stride):
-            tape.rows = rows = slice(start, min(start + job.stride, self.replicas))
+        stride = _even(self.replicas, job.stride)
+        for start in range(0, self.replicas, stride):
+            tape.rows = rows = slice(start, min(start + stride, self.replicas))
             parameters = {
                 name: Parameter(both.value[rows], both.gradient[rows]) for name, both in self._parameters.items()
             }

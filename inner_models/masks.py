@@ -107,7 +107,8 @@ class MaskSource(_Source):
         if self._cpu:  # numpy compares and casts several times as fast as torch
             assert self._drawn is not None
             np.greater_equal(self._drawn[rows, self._chosen], self._threshold[rows].numpy(), out=keep.numpy())
-            np.multiply(keep.numpy(), self._scale[rows].numpy(), out=mask.numpy())
+            np.copyto(mask.numpy(), keep.numpy())
+            np.multiply(mask.numpy(), self._scale[rows].numpy(), out=mask.numpy())
         else:
             torch.ge(self._on_device[rows, self._chosen], self._threshold[rows], out=keep)
             torch.mul(keep, self._scale[rows], out=mask)

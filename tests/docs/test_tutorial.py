@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from agents import ControlPolicy
+from agents.ppo import validation_history
 from agents.trajectory import Trajectory
 from tests.docs.pages import DOCS, ROOT, blocks
 
@@ -77,6 +78,13 @@ def test_a_run_that_is_over_says_its_loss_again(walked: tuple[Path, list[str], s
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == re.findall(r"^epoch 20  validation loss.*\n", printed, re.M)[-1]
+
+
+def test_the_policy_that_was_meta_trained_is_better_than_none(walked: tuple[Path, list[str], str]) -> None:
+    folder, _, _ = walked
+    returns = [entry["return"] for entry in validation_history(folder / "runs/tiny")]
+    assert len(returns) == 4
+    assert returns[-1] > returns[0]
 
 
 def test_what_is_left_behind(walked: tuple[Path, list[str], str]) -> None:

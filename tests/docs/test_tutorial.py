@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from agents import ControlPolicy
 from agents.ppo import validation_history
 from agents.trajectory import Trajectory
@@ -27,10 +25,8 @@ def beginnings(text: str) -> list[str]:
     return [re.sub(r"\d+", "#", " ".join(line.split()[:3])) for line in text.splitlines()]
 
 
-@pytest.fixture(scope="module")
-def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
-    """A folder like a clone's after all steps, the commands that were run, and all that they printed."""
-    folder = tmp_path_factory.mktemp("clone")
+def walk(folder: Path) -> tuple[list[str], str]:
+    """Take all steps in a folder that is made like a clone's: the commands that were run, and all that they printed."""
     for name in ("agents", "hpo_env", "inner_models", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -53,45 +49,38 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], s
         else:
             assert block.language == "text", block
             assert set(beginnings(block.text)) <= {*beginnings(printed), "..."}, block.text
-    return folder, run, printed
+    return run, printed
 
 
-def test_every_block_runs(walked: tuple[Path, list[str], str]) -> None:
-    _, run, _ = walked
+def test_the_tutorial(tmp_path: Path) -> None:
+    """In one test, as every process that runs tests would have to walk through it anew."""
+    run, printed = walk(tmp_path)
     scripts = {word for command in run for word in command.split() if word.endswith(".py")}
     named = ("inspect_policy", "apply_policy", "show", "train_agent", "evaluate")
     assert scripts == {"run.py", "tune.py", "resume.py", *(f"scripts/{name}.py" for name in named)}
 
-
-def test_the_tuner_helps_and_a_resumed_run_is_the_uninterrupted_one(walked: tuple[Path, list[str], str]) -> None:
-    _, _, printed = walked
+    # The tuner helps, and a resumed run is the uninterrupted one.
     plain, tuned, resumed = re.findall(r"^epoch 20 .*?validation loss ([\d.]+)", printed, re.M)
     assert float(tuned) < float(plain)
     assert resumed == tuned
 
-
-def test_a_run_that_is_over_says_its_loss_again(walked: tuple[Path, list[str], str]) -> None:
-    folder, _, printed = walked
+    # A run that is over says its loss again.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, "resume.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+        [sys.executable, "resume.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == re.findall(r"^epoch 20  validation loss.*\n", printed, re.M)[-1]
 
-
-def test_the_policy_that_was_meta_trained_is_better_than_none(walked: tuple[Path, list[str], str]) -> None:
-    folder, _, _ = walked
-    returns = [entry["return"] for entry in validation_history(folder / "runs/tiny")]
+    # The policy that was meta-trained is better than none.
+    returns = [entry["return"] for entry in validation_history(tmp_path / "runs/tiny")]
     assert len(returns) == 4
     assert returns[-1] > returns[0]
 
-
-def test_what_is_left_behind(walked: tuple[Path, list[str], str]) -> None:
-    folder, _, printed = walked
-    trajectory = Trajectory.load(folder / "first.json")
+    # What is left behind.
+    trajectory = Trajectory.load(tmp_path / "first.json")
     assert len(trajectory.losses["val_loss"]) == len(trajectory.values["lr"]) == 20
     assert printed.count("\nbefore epoch ") == len(trajectory.decisions) == 20
-    assert ControlPolicy.load(folder / "runs/tiny/policy.safetensors").header.training["preset"] == "smoke"
+    assert ControlPolicy.load(tmp_path / "runs/tiny/policy.safetensors").header.training["preset"] == "smoke"
     for name in ("runs/first/decisions.md", "runs/iris/result.json", "runs/judged/tables.md"):
-        assert (folder / name).stat().st_size
+        assert (tmp_path / name).stat().st_size

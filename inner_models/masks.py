@@ -104,7 +104,7 @@ class MaskSource(_Source):
             keep: scratch of type bool, `[rows, units]`.
             mask: where to write, `[rows, units]`.
         """
-        if self._cpu:  # numpy compares and casts several times as fast as torch
+        if self._cpu:  # numpy compares and casts several times as fast as torch, if it casts by itself
             assert self._drawn is not None
             np.greater_equal(self._drawn[rows, self._chosen], self._threshold[rows].numpy(), out=keep.numpy())
             np.copyto(mask.numpy(), keep.numpy())

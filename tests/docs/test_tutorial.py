@@ -76,11 +76,13 @@ def test_the_tutorial(tmp_path: Path) -> None:
     returns = [entry["return"] for entry in validation_history(tmp_path / "runs/tiny")]
     assert len(returns) == 4
     assert returns[-1] > returns[0]
+    header = ControlPolicy.load(tmp_path / "runs/tiny/policy.safetensors").header
+    assert header.scores["mean_return"] >= returns[0]
+    assert header.training["preset"] == "smoke"
 
     # What is left behind.
     trajectory = Trajectory.load(tmp_path / "first.json")
     assert len(trajectory.losses["val_loss"]) == len(trajectory.values["lr"]) == 20
     assert printed.count("\nbefore epoch ") == len(trajectory.decisions) == 20
-    assert ControlPolicy.load(tmp_path / "runs/tiny/policy.safetensors").header.training["preset"] == "smoke"
     for name in ("runs/first/decisions.md", "runs/iris/result.json", "runs/judged/tables.md"):
         assert (tmp_path / name).stat().st_size

@@ -65,6 +65,11 @@ class ControlPolicy(nn.Module):
         result: Tensor = self.network(normalized)
         return result
 
+    @property
+    def linear_layers(self) -> list[nn.Linear]:
+        """Those of the network, from input to output."""
+        return [layer for layer in self.network if isinstance(layer, nn.Linear)]
+
     @cached_property
     def _read(self) -> Tensor:
         return torch.tensor([_FEATURES.index(name) for name in self.header.features])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from reprlib import repr as short
@@ -49,6 +49,11 @@ class PolicyError(ValueError):
 
 def _ranges(controls: Iterable[str]) -> dict[str, dict[str, float]]:
     return {name: asdict(RANGES[name]) for name in controls}
+
+
+def of_controls(controls: Collection[str]) -> dict[str, Any]:
+    """The entries of a `PolicyHeader` that follow from what the policy moves."""
+    return {"controls": tuple(controls), "features": features_of(controls), "ranges": _ranges(controls)}
 
 
 @dataclass(frozen=True)
@@ -226,8 +231,7 @@ def _check_tensors(entries: dict[str, Any], size: int) -> None:
 def _header(payload: dict[str, Any]) -> PolicyHeader:
     moved = found if isinstance(found := payload.get("controls"), list) else CONTROLS
     controls = tuple(name for name in CONTROLS if name in moved or name not in REGULARIZERS)
-    own = {"controls": list(controls), "features": list(features_of(controls)), "ranges": _ranges(controls)}
-    for name, value in own.items():
+    for name, value in read_json(json.dumps(of_controls(controls))).items():
         if payload.get(name, value) != value:
             raise PolicyError(
                 f"was made for other {name} than this version of hyperpilot has; use the version that it was trained "

@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,17 @@ from stable_baselines3.common.utils import set_random_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
-from hpo_env.base_schedules import calibrated_rule
+from hpo_env.base_schedules import REGULARIZERS, calibrated_rule
+from hpo_env.hyperparameters import CONTROLS
 from hpo_env.observations import FEATURES
 from inner_models.splits import datasets_of
 
 from .board import ABOUT, BEST_LOG_RATIO, META_TRAINING_TAGS, TRAINING_HPARAMS, about, write_hparams
 from .checkpoints import Checkpoint, Checkpoints
 from .files import CONFIG_FILE, only_writer, write_atomically
-from .meta_validation import MetaValidation, Score
+from .meta_validation import MetaValidation, Score, validation_seeds
 from .policy import ControlPolicy, PolicyHeader
+from .policy_file import of_controls
 from .presets import MetaTrainingConfig, effective_config
 from .rollout_ppo import RolloutPPO
 from .rollouts import RolloutWorkers
@@ -167,16 +169,19 @@ def build(config: MetaTrainingConfig, env: RolloutWorkers) -> RolloutPPO:
 
 
 def export(model: RolloutPPO, header: PolicyHeader) -> ControlPolicy:
-    """The deterministic policy of a model with its input normalization."""
+    """The deterministic policy of a model with its input normalization: as much of it as the header's controls need."""
     policy, actor = ControlPolicy(header), model.actor
-    policy.mean.copy_(torch.from_numpy(actor.mean))
-    policy.std.copy_(torch.from_numpy(actor.std))
+    read = np.flatnonzero(np.isin([feature.name for feature in FEATURES], header.features))
+    moved = np.flatnonzero(np.isin(list(CONTROLS), header.controls))
+    policy.mean.copy_(torch.from_numpy(actor.mean[read]))
+    policy.std.copy_(torch.from_numpy(actor.std[read]))
     extractor = model.policy.mlp_extractor.policy_net
-    linear = [m for m in [*extractor, model.policy.action_net] if isinstance(m, torch.nn.Linear)]
-    own = [m for m in policy.network if isinstance(m, torch.nn.Linear)]
-    for target, source in zip(own, linear, strict=True):
-        target.load_state_dict(source.state_dict())
-    own[0].weight.data[:, torch.from_numpy(model.obs_rms.var) < UNSEEN_VARIANCE] = 0
+    weights = [m.state_dict() for m in [*extractor, model.policy.action_net] if isinstance(m, torch.nn.Linear)]
+    weights[0]["weight"] = torch.where(torch.from_numpy(model.obs_rms.var) < UNSEEN_VARIANCE, 0, weights[0]["weight"])
+    weights[0]["weight"] = weights[0]["weight"][:, read]
+    weights[-1] = {name: tensor[moved] for name, tensor in weights[-1].items()}
+    for layer, own in zip(policy.linear_layers, weights, strict=True):
+        layer.load_state_dict(own)
     return policy.eval()
 
 
@@ -199,8 +204,9 @@ class _Callback(BaseCallback):
         super().__init__()
         self.config, self.out, self.run_seed, self.device = config, out, seed, device
         self._checkpoints, self._provenance, self._report = checkpoints, provenance, report
-        seeds = range(10_000, 10_000 + config.validation_seeds)
-        self._validate = MetaValidation(config.validation, seeds, device=device, map=env.map)
+        self._validate = MetaValidation(
+            config.validation, validation_seeds(config.validation_seeds), device=device, map=env.map
+        )
         self.history: list[dict[str, float]] = []
         self.best = -np.inf
         self.seconds = 0.0
@@ -312,32 +318,27 @@ class _Callback(BaseCallback):
         self.logger.dump(self.num_timesteps)
         if score.log_ratio_iqm > self.best:
             self.best = score.log_ratio_iqm
-            policy.header = self._header(
-                {
-                    "split": "meta-validation",
-                    "measure": "ln(final validation loss of the calibrated schedule / of the policy)",
-                    "seeds": self.config.validation_seeds,
-                    "timesteps": self.num_timesteps,
-                    "log_ratio_iqm": score.log_ratio_iqm,
-                    "mean_return": score.mean_return,
-                    "mean_return_calibrated": self._validate.base_return,
-                    "log_ratios": score.log_ratios,
-                }
-            )
+            policy.header = self._header({"timesteps": self.num_timesteps, **self._validate.told(score)})
             policy.save(self.out / POLICY_FILE)
         self._report(Progress(self.num_timesteps, self.config.timesteps, score))
 
-    def _seen(self) -> dict[str, tuple[float, float]]:
-        """Feature -> the least and the largest value seen so far; nothing before the first rollout."""
+    def _seen(self, names: Collection[str]) -> dict[str, tuple[float, float]]:
+        """Of features by name, the least and the largest value seen so far; nothing before the first rollout."""
         extremes = zip(FEATURES, self.model.observation_low, self.model.observation_high, strict=True)
-        return {feature.name: (float(low), float(high)) for feature, low, high in extremes if low <= high}
+        return {
+            feature.name: (float(low), float(high))
+            for feature, low, high in extremes
+            if feature.name in names and low <= high
+        }
 
     def _header(self, scores: dict[str, Any]) -> PolicyHeader:
         tasks = self.config.tasks
+        parts = of_controls([name for name in CONTROLS if name not in REGULARIZERS or name in tasks.regularizers])
         return PolicyHeader(
             hidden=HIDDEN,
             base_rules={kind: calibrated_rule(kind).to_dict() for kind in ("adamw", "sgd")},
-            trained_ranges={"horizons": tasks.horizons, **(self._seen() if scores else {})},
+            **parts,
+            trained_ranges={"horizons": tasks.horizons, **(self._seen(parts["features"]) if scores else {})},
             training={
                 **self._provenance,
                 "algorithm": "PPO",

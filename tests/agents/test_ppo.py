@@ -20,12 +20,15 @@ from tensorboard.summary.writer import event_file_writer
 
 from agents.checkpoints import Checkpoints
 from agents.policy import ControlPolicy, PolicyHeader
+from agents.policy_file import of_controls
 from agents.ppo import HIDDEN, UNSEEN_VARIANCE, Progress, build, export, meta_train
 from agents.presets import MetaTrainingConfig
 from agents.rollouts import RolloutWorkers, Step
 from agents.vec_env import CohortEnv, CohortVecEnv
 from hpo_env.env import Variation
 from hpo_env.hyperparameters import CONTROLS
+from hpo_env.observations import FEATURES
+from inner_models.tasks import Regularizer
 from tests.faults.resume import curves, entries
 from tests.tiny import TINY, TINY_CONFIG
 
@@ -108,12 +111,13 @@ def test_learning_is_real(seed: int) -> None:
     set_random_seed(seed)
     runs, boxes = TOY.cohorts * TOY.replicas, [spaces.Box(-1.0, 1.0, (size,), np.float32) for size in (2, 1)]
     model = build(TOY, RolloutWorkers(lambda: Quadratics(runs), runs, *boxes, seed=seed))
-    header = PolicyHeader(hidden=HIDDEN, base_rules={}, features=("curvature", "progress"), controls=("lr",))
+    stand_ins = tuple(feature.name for feature in FEATURES[:2])  # for the curvature and the progress
+    header = PolicyHeader(hidden=HIDDEN, base_rules={}, features=stand_ins, controls=("lr",))
     shares = []
     for timesteps in (0, TOY.timesteps):
         model.learn(timesteps)
         policy = export(model, header)
-        act = torch.inference_mode()(policy.forward)  # its features are none of the package's
+        act = torch.inference_mode()(policy.forward)
         shares.append(share_of_best(lambda seen, act=act: act(torch.from_numpy(seen)).numpy()))  # type: ignore[misc]
     assert shares[0] < 0.3
     assert shares[1] > 0.9
@@ -303,11 +307,23 @@ def test_a_run_is_not_trained_over(finished: tuple[Path, ControlPolicy, list[Pro
     assert entries(checkpoint(finished[0])) == entries(before)
 
 
-def test_export_equals_the_trained_policy() -> None:
+FOUR = ("lr", "batch_size", "weight_decay", "dropout")
+
+
+@pytest.mark.parametrize("regularizers", [(), ("label_smoothing",)])
+def test_a_policy_has_the_controls_that_its_tasks_had(regularizers: tuple[Regularizer, ...], tmp_path: Path) -> None:
+    tasks = replace(TINY, regularizers=regularizers)
+    policy = meta_train(replace(TINY_CONFIG, timesteps=ROLLOUT, tasks=tasks), tmp_path)
+    assert policy.header.controls == (*FOUR, *regularizers)
+    assert set(policy.header.trained_ranges) == {"horizons", *policy.header.features}
+
+
+@pytest.mark.parametrize("controls", [tuple(CONTROLS), FOUR])
+def test_export_equals_the_trained_policy(controls: tuple[str, ...]) -> None:
     set_random_seed(0)
     model = build(TINY_CONFIG, CohortVecEnv(TINY, cohorts=2, replicas=8))
     model.learn(2 * ROLLOUT)
-    policy = export(model, PolicyHeader(hidden=HIDDEN, base_rules={}))
+    policy = export(model, PolicyHeader(hidden=HIDDEN, base_rules={}, **of_controls(controls)))
     assert not policy.training
     env = CohortEnv(TINY, 2, 8, Variation(), "cpu")
     env.reset(1)
@@ -320,6 +336,7 @@ def test_export_equals_the_trained_policy() -> None:
     seen = np.where(unseen, model.obs_rms.mean, seen).astype(np.float32)
     np.testing.assert_array_equal(policy.act(seen)[0], blind)
     expected, _ = model.predict(model.actor.normalize(seen).numpy(), deterministic=True)
+    expected[:, len(controls) :] = 0
     found, _ = policy.act(seen)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert np.abs(found).max() > 0.01
@@ -329,7 +346,8 @@ def test_export_equals_the_trained_policy() -> None:
 def test_what_is_saved_is_the_average(finished: tuple[Path, ControlPolicy, list[Progress]], tmp_path: Path) -> None:
     def last_and_average(out: Path) -> tuple[torch.Tensor, torch.Tensor]:
         state = checkpoint(out)
-        return state["policy"]["action_net.weight"], state["callback"]["averaged"]["module.network.4.weight"]
+        average = state["callback"]["averaged"]["module.network.4.weight"]
+        return state["policy"]["action_net.weight"][: len(average)], average  # the tasks have no other controls
 
     meta_train(replace(TINY_CONFIG, averaging=0.0), tmp_path, seed=3)
     last, average = last_and_average(tmp_path)

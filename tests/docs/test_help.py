@@ -30,7 +30,12 @@ INTERACTIVE = ("show",)
 OF_A_SPLIT = ("measure_scale", "learn_schedule", "measure_adaptation")
 """Scripts that take tasks of a split alone: they suggest one of these."""
 
-REQUIRED = {"task": "digits/mlp", "out": "nowhere/out", "json": "nowhere/figures.json"}
+REQUIRED = {
+    "task": "digits/mlp",
+    "policies": "nowhere/policy.safetensors",
+    "out": "nowhere/out",
+    "json": "nowhere/figures.json",
+}
 
 
 def call(module: ModuleType, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:

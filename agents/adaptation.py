@@ -205,7 +205,8 @@ def train_runs(policy: ControlPolicy, env: HPOVectorEnv, noise: float, rng: np.r
         counts.append(left)
         with torch.inference_mode():
             actions = policy.means(torch.from_numpy(seen[-1])) + noise * torch.from_numpy(draws[-1])
-            actions = policy.on_all_controls(actions.clamp(-1, 1))
+            taken = actions.clamp(-1, 1) * policy.share(torch.from_numpy(seen[-1]))[:, None]
+            actions = policy.on_all_controls(taken)
         observations, rewards, terminated, _, infos = env.step(actions.numpy())
         falls += np.where(left, rewards, 0)
         final = infos["final_info"] if terminated.any() else infos

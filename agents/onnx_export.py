@@ -59,8 +59,8 @@ def _model(policy: ControlPolicy) -> Any:
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
     nodes, constants = [], []
 
-    def constant(name: str, value: Any) -> str:
-        constants.append(onnx.numpy_helper.from_array(np.asarray(value, np.float32), name))
+    def constant(name: str, value: Any, dtype: Any = np.float32) -> str:
+        constants.append(onnx.numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
     def node(kind: str, *inputs: str, output: str, **attributes: Any) -> str:
@@ -79,9 +79,15 @@ def _model(policy: ControlPolicy) -> Any:
             x = node("Gemm", x, weight, bias, output=f"linear.{name}", transB=1)
         else:
             x = node("Tanh", x, output=f"tanh.{name}")
-    clip(x, 1.0, output="action")
-
     header = policy.header
+    x = clip(x, 1.0, output="bounded")
+    first = constant("first", [header.features.index("first_decision")], np.int64)
+    share = node("Gather", "observation", first, output="first_decision", axis=1)
+    share = node("Clip", share, constant("no", 0.0), constant("yes", 1.0), output="whether_first")
+    share = node("Mul", share, constant("rest", 1 - header.strength), output="more_at_first")
+    share = node("Add", share, constant("strength", header.strength), output="share")
+    node("Mul", x, share, output="action")
+
     observation = helper.make_tensor_value_info("observation", float32, ["batch", len(header.features)])
     action = helper.make_tensor_value_info("action", float32, ["batch", len(header.controls)])
     graph = helper.make_graph(nodes, "policy", [observation], [action], constants)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from reprlib import repr as short
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,9 +25,12 @@ from .untrusted import read_regular, shown
 __all__ = ["CONSTANT", "OBSERVATION_CLIP", "ControlPolicy", "PolicyError", "PolicyHeader"]
 
 OBSERVATION_CLIP = 5.0
+_FIRST = "first_decision"
 _FEATURES, _CONTROLS = [feature.name for feature in FEATURES], list(CONTROLS)
 _LARGEST_WEIGHT = 1e6
 """Far above what training gives, and small enough that no activation overflows."""
+
+T = TypeVar("T", Tensor, NDArray[np.float32])
 
 
 class ControlPolicy(nn.Module):
@@ -57,8 +61,17 @@ class ControlPolicy(nn.Module):
         self.network = nn.Sequential(*layers, nn.Linear(fan_in, len(header.controls)))
 
     def forward(self, observation: Tensor) -> Tensor:
-        """The network by itself: `[..., features in the header]` to `[..., controls in the header]`, in -1..1."""
-        return self._unclipped(observation).clamp(-1, 1)
+        """The policy by itself: `[..., features in the header]` to `[..., controls in the header]`, in -1..1."""
+        first = observation[..., self.header.features.index(_FIRST)]
+        return self._unclipped(observation).clamp(-1, 1) * self._share(first)[..., None]
+
+    def _share(self, first: T) -> T:
+        strength = self.header.strength
+        return strength + (1 - strength) * first.clip(0, 1)  # type: ignore[return-value]
+
+    def share(self, observation: T) -> T:
+        """Of the network's actions at whole observations `[..., features]`, the share that is taken, `[...]`."""
+        return self._share(observation[..., _FEATURES.index(_FIRST)])
 
     def _unclipped(self, observation: Tensor) -> Tensor:
         normalized = ((observation - self.mean) / self.std).clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
@@ -79,7 +92,8 @@ class ControlPolicy(nn.Module):
         return torch.tensor([_CONTROLS.index(name) for name in self.header.controls])
 
     def means(self, observation: Tensor) -> Tensor:
-        """Whole observations `[..., features]` to `[..., controls in the header]`, not yet clipped to -1..1."""
+        """Whole observations `[..., features]` to `[..., controls in the header]`, not yet clipped to -1..1, of which a
+        `share` is taken."""
         return self._unclipped(observation.index_select(-1, self._read))
 
     def on_all_controls(self, actions: Tensor) -> Tensor:
@@ -113,7 +127,7 @@ class ControlPolicy(nn.Module):
             normalized = ((observation[:, read] - mean) / std).clip(-OBSERVATION_CLIP, OBSERVATION_CLIP)
         means = self.network(torch.from_numpy(normalized)).numpy()
         actions = np.zeros((len(observation), len(_CONTROLS)))
-        actions[:, self._moved.numpy()] = means.clip(-1, 1)
+        actions[:, self._moved.numpy()] = means.clip(-1, 1) * self.share(observation)[:, None]
         return actions, state
 
     def out_of_depth(self, observation: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -133,6 +147,8 @@ class ControlPolicy(nn.Module):
         header = asdict(self.header)
         for name in ("training", "scores"):
             del header[name]
+        if header["strength"] == 1:  # as in files from before there was one
+            del header["strength"]
         return policy_file.digest(header, self.state_dict())
 
     def to_bytes(self) -> bytes:

@@ -66,6 +66,7 @@ class PolicyHeader:
         required_signals: signals that a run must give at every step.
         controls: what the network moves: all of this package's, but for `REGULARIZERS`, of which it may lack some.
         features, ranges: this package's own for these controls.
+        strength: share of the network's actions that is taken, 0..1, from the second decision on.
         trained_ranges: feature -> the least and the largest value that meta-training saw; `horizons` -> intervals in a
             run.
         training: provenance (preset, seed, timesteps, seconds, device, versions, data sets).
@@ -78,6 +79,7 @@ class PolicyHeader:
     features: tuple[str, ...] = features_of(CONTROLS)
     controls: tuple[str, ...] = tuple(CONTROLS)
     ranges: dict[str, dict[str, float]] = field(default_factory=lambda: _ranges(CONTROLS))
+    strength: float = 1.0
     trained_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
@@ -119,11 +121,13 @@ _check_header = table(
         "controls": anything(1),
         "ranges": table({}, others=table({}, others=_SCORE)),
         "trained_ranges": _some(dict.fromkeys((*_OWN.features, "horizons"), items(_SCORE, 2, 2))),
+        "strength": number(0, 1),
         "training": _some({"preset": text, "seconds": number(0, 1e12)}, others=anything(3)),
         "scores": _some(
             {"timesteps": integer(0, 10**15), "log_ratio_iqm": _SCORE, "mean_return": _SCORE}, others=anything(3)
         ),
-    }
+    },
+    optional=("strength",),
 )
 _SIZE = integer(0, MAX_BYTES)
 _check_tensor = table({"dtype": one_of("F32"), "shape": items(_SIZE, 0, 2), "data_offsets": items(_SIZE, 2, 2)})

@@ -338,6 +338,7 @@ class _Callback(BaseCallback):
             hidden=HIDDEN,
             base_rules={kind: calibrated_rule(kind).to_dict() for kind in ("adamw", "sgd")},
             **parts,
+            strength=self.config.strength,
             trained_ranges={"horizons": tasks.horizons, **(self._seen(parts["features"]) if scores else {})},
             training={
                 **self._provenance,

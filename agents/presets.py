@@ -23,6 +23,7 @@ class MetaTrainingConfig:
             learning rate falls linearly to zero.
         averaging: decay of the exponential moving average of the policy's weights, update by update; the average is
             what is scored and saved.
+        strength: of the policy that is scored and saved (`PolicyHeader`); meta-training itself is without.
         validate_every: decisions between two meta-validations.
         validation_seeds: runs of each meta-validation task.
         workers: processes that train inner models on the CPU.
@@ -44,6 +45,7 @@ class MetaTrainingConfig:
     entropy: float = 0.0
     log_std: float = -1.4
     averaging: float = 0.5
+    strength: float = 1.0
     workers: int = 2
     variation: Variation = field(default_factory=Variation)
     tasks: TaskDistribution = META_TRAIN
@@ -63,7 +65,7 @@ PRESETS: dict[str, MetaTrainingConfig] = {
     ),
     "default": MetaTrainingConfig(
         timesteps=737_280, cohorts=16, replicas=16, rollout_steps=32, validate_every=49_152, validation_seeds=8,
-        epochs=8, minibatch=1024, learning_rate=6e-4, averaging=0.9,
+        epochs=8, minibatch=1024, learning_rate=6e-4, averaging=0.9, strength=0.6,
         variation=Variation(mask_probability=0.15, start_probability=0.2, blind_probability=0.7,
                             untold_probability=0.2, unmeasured_probability=0.1),
     ),

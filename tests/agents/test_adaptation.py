@@ -172,6 +172,17 @@ def test_runs_that_diverge_end_there() -> None:
     assert found.falls[ended < 12] == pytest.approx(np.log(1.001 / 10.001))  # the capped loss, and nothing after it
 
 
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_runs_are_trained_at_the_policys_strength(strength: float) -> None:
+    policy = calibrated(random_policy())
+    policy.header = replace(policy.header, strength=strength)
+    found = train_runs(policy, HPOVectorEnv(4, task=TASK), 0.3, np.random.default_rng(0))
+    offsets = found.observations[:, :, policy.header.features.index("lr_offset")]
+    assert not offsets[0].any()
+    assert offsets[1].any()  # the first decision is taken whole
+    assert (offsets[2:] == offsets[1]).all() == (strength == 0)
+
+
 def test_opposites() -> None:
     size = len(CONTROLS)
     drawn = opposites(2 * size, size, np.random.default_rng(0)).astype(float)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from agents import ControlPolicy, PolicyError, policy_file
 from agents.policy import PolicyHeader
 from agents.policy_file import FORMAT
+from hpo_env.observations import FEATURES
 from tests.rules import RULES
 from tests.tiny import random_policy
 
@@ -253,6 +254,9 @@ def adamw(**changes: Any) -> dict[str, Any]:
         ("trained_ranges", {"progress": [-1e300, 1e300]}, "-1e+300"),
         ("trained_ranges", {"barometer": [0, 1]}, "'barometer'"),
         ("trained_ranges", [1], "header.trained_ranges"),
+        ("strength", 1.5, "header.strength"),
+        ("strength", "half", "header.strength"),
+        ("strength", None, "header.strength"),
         ("training", ["seed"], "header.training"),
         ("training", {"preset": ["default"]}, "header.training.preset"),
         ("training", {"seconds": "2097"}, "header.training.seconds"),
@@ -276,7 +280,7 @@ def test_a_header_that_does_not_fit(path: Path, field: str, value: Any, named: s
     assert str(error.value).isprintable()
 
 
-@pytest.mark.parametrize("field", [*asdict(random_policy().header)])
+@pytest.mark.parametrize("field", [name for name in asdict(random_policy().header) if name != "strength"])
 def test_a_header_that_lacks_an_entry(path: Path, field: str) -> None:
     header, tensors = valid_parts()
     del header[field]
@@ -470,3 +474,33 @@ def test_an_interrupted_save_leaves_the_old_file(
         random_policy(seed=1).save(path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+# -- strength ----------------------------------------------------------------------------------------------------------
+
+
+def test_later_decisions_are_taken_by_the_strength() -> None:
+    policy, rng = random_policy(scale=2.0), np.random.default_rng(0)
+    seen = rng.uniform(-1, 1, (64, len(FEATURES))).astype(np.float32)
+    first = [feature.name for feature in FEATURES].index("first_decision")
+    seen[:, first] = np.arange(64) % 2
+    whole = policy.act(seen)[0]
+    assert (np.abs(whole) == 1).any()
+    policy.header = replace(policy.header, strength=0.25)
+    taken = policy.act(seen)[0]
+    np.testing.assert_array_equal(taken[1::2], whole[1::2])
+    np.testing.assert_allclose(taken[::2], whole[::2] / 4)
+    with torch.inference_mode():
+        np.testing.assert_allclose(policy(torch.from_numpy(seen)), taken, rtol=1e-5, atol=1e-6)
+
+
+def test_a_file_without_a_strength_has_all_of_it(path: Path) -> None:
+    header, tensors = valid_parts()
+    digest = random_policy().digest
+    del header["strength"]
+    write(path, header, tensors)
+    assert ControlPolicy.load(path).header.strength == 1
+    assert ControlPolicy.load(path).digest == digest
+    weaker = random_policy()
+    weaker.header = replace(weaker.header, strength=0.5)
+    assert weaker.digest != digest

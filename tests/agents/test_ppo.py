@@ -357,3 +357,13 @@ def test_what_is_saved_is_the_average(finished: tuple[Path, ControlPolicy, list[
     assert not torch.equal(smoothed, last)
     # The first policy decides almost nothing (its last layer is near zero), so an average with it is a smaller step.
     assert 0.1 < float(smoothed.norm() / last.norm()) < 1
+
+
+def test_strength_leaves_the_training_as_it_is(tmp_path: Path) -> None:
+    config = replace(TINY_CONFIG, timesteps=ROLLOUT)
+    weak = meta_train(replace(config, strength=0.25), tmp_path / "weak")
+    assert weak.header.strength == 0.25
+    assert meta_train(config, tmp_path / "whole").header.strength == 1
+    one, other = (checkpoint(tmp_path / name) for name in ("weak", "whole"))
+    assert all(torch.equal(one["policy"][name], tensor) for name, tensor in other["policy"].items())
+    assert one["callback"]["history"] != other["callback"]["history"]  # but not the scores

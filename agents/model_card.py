@@ -11,6 +11,7 @@ from hpo_env.actions import RANGES
 from hpo_env.hyperparameters import CONTROLS
 
 from .policy import ControlPolicy
+from .policy_file import PolicyHeader
 
 _TOP = """\
 ---
@@ -53,7 +54,7 @@ def model_card(policy: ControlPolicy, repo_id: str, revision: str, results: Mapp
                 "A decision moves each control away from a base schedule, by a factor (of the odds, for dropout).",
                 _table(
                     ("control", "values", "first decision", "later ones", "farthest from the base"),
-                    _controls(header.controls),
+                    _controls(header),
                 ),
                 "## Trained on",
                 _trained_ranges(header.trained_ranges),
@@ -86,11 +87,11 @@ tuner = Tuner(policy, optimizer, model=model, loader=loader, total_epochs=30)
 ```"""
 
 
-def _controls(controls: Iterable[str]) -> Iterable[tuple[str, ...]]:
-    for name in controls:
+def _controls(header: PolicyHeader) -> Iterable[tuple[str, ...]]:
+    for name in header.controls:
         control = CONTROLS[name]
         reach = RANGES[name]
-        factors = (f"{math.exp(move):.3g}" for move in (reach.first, reach.step, reach.limit))
+        factors = (f"{math.exp(move):.3g}" for move in (reach.first, header.strength * reach.step, reach.limit))
         yield name, f"{control.low:g} to {control.high:g}", *factors
 
 

@@ -67,8 +67,7 @@ HPARAMS: dict[str, type[str] | type[float]] = {
 
 TRAINING_HPARAMS = (
     "timesteps", "cohorts", "replicas", "rollout_steps", "validate_every", "validation_seeds", "epochs", "minibatch",
-    "learning_rate", "gae_lambda", "clip", "entropy", "log_std", "averaging", "strength",
-    "workers",
+    "learning_rate", "gae_lambda", "clip", "entropy", "log_std", "averaging", "strength", "workers",
 )  # fmt: skip
 """Settings of a meta-training (`MetaTrainingConfig`) that are columns, too, as `training/<name>`: TensorBoard sorts
 columns by name and shows the first five until asked for more, which are those of `HPARAMS`."""

@@ -84,28 +84,29 @@ class ControlPolicy(nn.Module):
         return [layer for layer in self.network if isinstance(layer, nn.Linear)]
 
     @cached_property
-    def _read(self) -> Tensor:
-        return torch.tensor([_FEATURES.index(name) for name in self.header.features])
+    def _read(self) -> NDArray[np.int64]:
+        return np.array([_FEATURES.index(name) for name in self.header.features], np.int64)
 
     @cached_property
-    def _moved(self) -> Tensor:
-        return torch.tensor([_CONTROLS.index(name) for name in self.header.controls])
+    def _moved(self) -> NDArray[np.int64]:
+        return np.array([_CONTROLS.index(name) for name in self.header.controls], np.int64)
 
     def means(self, observation: Tensor) -> Tensor:
         """Whole observations `[..., features]` to `[..., controls in the header]`, not yet clipped to -1..1, of which a
         `share` is taken."""
-        return self._unclipped(observation.index_select(-1, self._read))
+        return self._unclipped(observation[..., self._read])
 
     def on_all_controls(self, actions: Tensor) -> Tensor:
         """`[..., controls in the header]` to `[..., controls]`: the policy stays on those that it does not know."""
         result = actions.new_zeros(*actions.shape[:-1], len(_CONTROLS))
-        return result.index_copy_(-1, self._moved, actions)
+        result[..., self._moved] = actions
+        return result
 
     @property
     def typical(self) -> NDArray[np.float32]:
         """The mean of every feature in meta-training, `[features]`; 0 for those that the policy does not know."""
         means = np.zeros(len(_FEATURES), np.float32)
-        means[self._read.numpy()] = self.mean.numpy()
+        means[self._read] = self.mean.numpy()
         return means
 
     @torch.inference_mode()
@@ -122,12 +123,12 @@ class ControlPolicy(nn.Module):
             Actions `[runs, controls]` in -1..1, and the state for the next call.
         """
         # `means` in fewer of torch's calls, as time goes into their number; the same to the last bit.
-        read, mean, std = self._read.numpy(), self.mean.numpy(), self.std.numpy()
+        mean, std = self.mean.numpy(), self.std.numpy()
         with np.errstate(over="ignore"):  # a stranger's std may be tiny
-            normalized = ((observation[:, read] - mean) / std).clip(-OBSERVATION_CLIP, OBSERVATION_CLIP)
+            normalized = ((observation[:, self._read] - mean) / std).clip(-OBSERVATION_CLIP, OBSERVATION_CLIP)
         means = self.network(torch.from_numpy(normalized)).numpy()
         actions = np.zeros((len(observation), len(_CONTROLS)))
-        actions[:, self._moved.numpy()] = means.clip(-1, 1) * self.share(observation)[:, None]
+        actions[:, self._moved] = means.clip(-1, 1) * self.share(observation)[:, None]
         return actions, state
 
     def out_of_depth(self, observation: NDArray[np.float32]) -> NDArray[np.bool_]:

@@ -233,7 +233,7 @@ class Tuner:
         used = self._moved(self.hyperparameters)
         self._warn_if_overwritten(used)
         batch = self._batch_size.batch_size if self._batch_size else ASSUMED_BATCH * self._batches
-        if self._meter.steps:
+        if self._meter.steps and not self._loop.knows_examples:
             self._loop.tell_examples(float(self._meter.steps * batch * self.total_epochs))
         measured = {**averaged(self._meter.finish(), self._model), **losses}
         interval = self._intervals.finish_epoch({name: np.array([value]) for name, value in measured.items()})
@@ -389,7 +389,7 @@ class Tuner:
             observation,
             action,
             before,
-            self._moved(self._loop.without_action),
+            self._moved(_only(self._loop.without_action)),
             chosen,
             first=not self.epoch,
             out_of_depth=entry["out_of_depth"],
@@ -399,12 +399,12 @@ class Tuner:
         self._unexplained.append((entry, explain))
         self._history.append(entry)
 
-    def _moved(self, values: Mapping[str, Any]) -> dict[str, float]:
+    def _moved(self, values: Mapping[str, float]) -> dict[str, float]:
         """Of these values, those of the controls that the policy may move."""
-        return {name: float(np.squeeze(values[name])) for name in self._controls}
+        return {name: float(values[name]) for name in self._controls}
 
     def _apply(self, values: Mapping[str, Array]) -> dict[str, float]:
-        chosen = self._moved(values)
+        chosen = self._moved(_only(values))
         self._set(chosen)
         return chosen
 
@@ -431,6 +431,11 @@ class Tuner:
                 write_epoch(self._writer, self.epoch, signals, used, group_values(self._optimizer))
                 if self.history[-1]["epoch"] == self.epoch - 1:
                     write_decision(self._writer, self.epoch, self.history[-1]["reason"])
+
+
+def _only(values: Mapping[str, Array]) -> dict[str, float]:
+    """Those of the one run that there is."""
+    return {name: value.item() for name, value in values.items()}
 
 
 def pretrained_path() -> Path:

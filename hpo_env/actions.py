@@ -41,32 +41,41 @@ _FIRST, _STEP, _LIMIT = (
 )
 
 
+def limits(peaks: Array, max_factor: float = math.inf, away: Array | float = 0.0) -> tuple[Array, Array]:
+    """How low and how high offsets may be, `[runs, controls]`. From a start that is off, the limits lie as far on the
+    other side of the rule's values as from a good start. An offset does not leave what the control's own range leaves
+    room for: else it would have to come all the way back before anything moved again.
+
+    Args:
+        peaks: `[runs, controls]`, the base values, at their peaks over the run.
+        max_factor: no offset exceeds the logarithm of this.
+        away: `[runs, controls]`, how far the base values are above the rule's, in scale units.
+    """
+    down, up = SCALES.room(peaks)
+    low = np.maximum(-np.minimum(_LIMIT + np.maximum(away, 0), math.log(max_factor)), down)
+    high = np.minimum(np.minimum(_LIMIT - np.minimum(away, 0), math.log(max_factor)), up)
+    return low, high
+
+
 def move(
     offsets: Array,
     actions: Array,
     first: NDArray[np.bool_],
-    peaks: Array,
-    max_factor: float = math.inf,
+    within: tuple[Array, Array],
     away: Array | float = 0.0,
 ) -> Array:
-    """New offsets after a decision. From a start that is off, the first one reaches at least to the rule's values, and
-    the limits of all lie as far on the other side of these as from a good start. An offset does not leave what the
-    control's own range leaves room for: else it would have to come all the way back before anything moved again.
+    """New offsets after a decision. From a start that is off, the first one reaches at least to the rule's values.
 
     Args:
         offsets: `[runs, controls]`, in scale units.
         actions: `[runs, controls]` in -1..1 (clipped); NaN stays.
         first: `[runs]`, whether this is a run's first decision.
-        peaks: `[runs, controls]`, the base values, at their peaks over the run.
-        max_factor: no offset exceeds the logarithm of this.
-        away: `[runs, controls]`, how far the base values are above the rule's, in scale units.
+        within: as `limits` gives them.
+        away: as for `limits`.
     """
     actions = np.where(np.isnan(actions), 0, np.clip(actions, -1, 1))
     reach = np.where(first[:, None], np.maximum(_FIRST, np.abs(away)), _STEP)
-    down, up = SCALES.room(peaks)
-    low = np.maximum(-np.minimum(_LIMIT + np.maximum(away, 0), math.log(max_factor)), down)
-    high = np.minimum(np.minimum(_LIMIT - np.minimum(away, 0), math.log(max_factor)), up)
-    return np.asarray(np.clip(offsets + reach * actions, low, high))
+    return np.asarray(np.clip(offsets + reach * actions, *within))
 
 
 def apply_offsets(base: Array, offsets: Array, max_factor: float = math.inf) -> Array:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpo_env.actions import apply_offsets, move
+from hpo_env.actions import apply_offsets, limits, move
 from hpo_env.base_schedules import BaseRule, BaseSchedule, shape
 from hpo_env.hyperparameters import CONTROLS, SCALES, Array, by_name, in_columns
 from hpo_env.observations import RunState, observe
@@ -184,6 +184,11 @@ class ControlLoop:
         others = np.setdiff1d(np.arange(len(in_use)), rows)
         state.values[others] = in_use[others]  # those of the interval just trained, until the next decision
 
+    @property
+    def knows_examples(self) -> bool:
+        """Whether the training examples of every run are known."""
+        return not any(map(math.isnan, self.state.examples))
+
     def tell_examples(self, examples: float) -> bool:
         """The training examples of a whole run, for the runs where they were not known: their base follows.
 
@@ -219,7 +224,7 @@ class ControlLoop:
         state.actions = np.where(state.available & ~np.isnan(actions), np.clip(actions, -1, 1), 0)
         first = state.telemetry.interval == 0
         before = state.offsets
-        state.offsets = move(before, state.actions, first, self._base, self._max_factor, self._away)
+        state.offsets = move(before, state.actions, first, self._within, self._away)
         if to_base is not None:
             state.offsets[to_base] = 0
         self._set_values(progress, before)
@@ -307,6 +312,7 @@ class ControlLoop:
         base = rule if self.given is None else np.array([[getattr(self.given, name) for name in CONTROLS]])
         self._base = apply_offsets(np.broadcast_to(base, rule.shape), self._shifts)
         self._away = SCALES.to_scale(self._base) - SCALES.to_scale(rule)
+        self._within = limits(self._base, self._max_factor, self._away)
         self._set_values()
 
     def _set_values(self, progress: float | None = None, before: Array | None = None) -> None:

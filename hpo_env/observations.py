@@ -53,9 +53,10 @@ class Feature:
     Attributes:
         low, high: bounds, to which the value is clipped.
         meaning: what it says, as shown in the documentation.
-        formula: computes it, `[runs]`; non-finite results become 0. None for those made of `pairs`, and for those of
+        formula: computes it, `[runs]`; non-finite results become 0. None for a single one of `pairs`, and for those of
             controls, which are computed together.
-        pairs, of_pairs: or the relative differences that it is made of, and how, from `[pairs, runs]`.
+        pairs, of_pairs: or the relative differences that it is made of, and how, from `[pairs, runs]`; None for a
+            single one as it is.
         control: the control that it tells of, if it does of one.
     """
 
@@ -65,7 +66,7 @@ class Feature:
     meaning: str
     formula: Callable[[RunState], Array] | None = None
     pairs: tuple[Pair, ...] = ()
-    of_pairs: Callable[[Array], Array] = lambda differences: differences[0]
+    of_pairs: Callable[[Array], Array] | None = None
     control: str | None = None
 
 
@@ -131,10 +132,12 @@ _LIMITS = np.array([RANGES[name].limit for name in CONTROLS])
 
 
 def _of_controls(s: RunState) -> Array:
-    """What `_features_of` lists, of all controls in their order, `[runs, 4 * controls]`."""
-    normalized = np.where(s.available, SCALES.normalize(s.values), 0.0)
-    distances = np.where(s.available, s.distances / _LIMITS, 0.0)
-    return np.stack([normalized, distances, s.actions, s.available], axis=2).reshape(len(s.values), -1)
+    """What `_features_of` lists, of all controls in their order, `[4 * controls, runs]`."""
+    result = np.zeros((len(CONTROLS), 4, len(s.values)))
+    np.copyto(result[:, 0], SCALES.normalize(s.values).T, where=s.available.T)
+    np.copyto(result[:, 1], (s.distances / _LIMITS).T, where=s.available.T)
+    result[:, 2], result[:, 3] = s.actions.T, s.available.T
+    return result.reshape(-1, len(s.values))
 
 
 FEATURES: tuple[Feature, ...] = (
@@ -183,7 +186,14 @@ FEATURES: tuple[Feature, ...] = (
 
 _MEASURED = [feature for feature in FEATURES if feature.control is None]
 _differences = Differences(pair for feature in _MEASURED for pair in feature.pairs)
-_PLACES = [_differences.places(feature.pairs) for feature in _MEASURED]
+_FORMULAS = [(place, feature.formula) for place, feature in enumerate(_MEASURED) if feature.formula]
+_OF_PAIRS = [
+    (place, feature.of_pairs, _differences.places(feature.pairs))
+    for place, feature in enumerate(_MEASURED)
+    if feature.of_pairs
+]
+_OF_ONE = [place for place, feature in enumerate(_MEASURED) if feature.pairs and not feature.of_pairs]
+_ONES = np.concatenate([_differences.places(_MEASURED[place].pairs) for place in _OF_ONE])
 
 LOW = np.array([feature.low for feature in FEATURES], np.float32)
 HIGH = np.array([feature.high for feature in FEATURES], np.float32)
@@ -196,14 +206,15 @@ def features_of(controls: Collection[str]) -> tuple[str, ...]:
 
 def observe(state: RunState) -> NDArray[np.float32]:
     """The observation of every run, `[runs, len(FEATURES)]`."""
-    differences = _differences(state.telemetry)
+    differences, raw = _differences(state.telemetry), np.empty((len(FEATURES), len(state.values)))
+    raw[_OF_ONE] = differences[_ONES]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        measured = [
-            feature.formula(state) if feature.formula else feature.of_pairs(differences[places])
-            for feature, places in zip(_MEASURED, _PLACES, strict=True)
-        ]
-    raw = np.concatenate([np.array(measured).T, _of_controls(state)], axis=1)
-    return np.clip(_finite_or(raw, 0.0), LOW, HIGH).astype(np.float32, order="C")
+        for place, formula in _FORMULAS:
+            raw[place] = formula(state)
+        for place, of_pairs, places in _OF_PAIRS:
+            raw[place] = of_pairs(differences[places])
+    raw[len(_MEASURED) :] = _of_controls(state)
+    return np.clip(_finite_or(raw.T, 0.0), LOW, HIGH).astype(np.float32, order="C")
 
 
 def feature_table() -> str:

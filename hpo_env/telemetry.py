@@ -65,8 +65,9 @@ class Telemetry:
         self.interval += 1
         if self.interval.max() >= self._history.shape[2]:
             self._history = np.concatenate([self._history, np.full_like(self._history, np.nan)], axis=2)
-        missing = np.full(len(self._rows), np.nan)
-        self._history[:, self._rows, self.interval] = [signals.get(name, missing) for name in SIGNALS]
+        for name, index in _INDEX.items():
+            if name in signals:
+                self._history[index, self._rows, self.interval] = signals[name]
 
     def value(self, name: str) -> Array:
         """The signal now, `[runs]`, to read only; NaN where not measured."""

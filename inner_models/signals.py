@@ -139,13 +139,13 @@ class GradientMeter:
             self._sample = _Sample(parameters)
         momenta = [None if p.grad is None else momentum_of(optimizer, p) for p in parameters]
         complete = all(g is None or m is not None for g, m in zip(gradients, momenta, strict=True))
-        gradient = self._sample.fill(0, gradients)
-        self._sample.fill(1, momenta if complete else [None] * len(momenta))
+        gradient = self._sample.fill(_GRADIENT, gradients)
+        self._sample.fill(_GRADIENT + 1, momenta if complete else [None] * len(momenta))
         # A fused optimizer under a GradScaler undoes the scale, or leaves out the step, itself, inside its step.
         scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if scale is not None:
             gradient /= scale.to(gradient)
-        products = self._sample.products()
+        products = self._sample.products(_GRADIENT)
         if overflow is not None:
             products.masked_fill_(overflow.to(gradient.device) > 0, _LEFT_OUT)
         # In the run's first step there is no momentum yet: the cosine is 0.
@@ -159,6 +159,10 @@ class _Measured(NamedTuple):
     products: Tensor
     scale: float
     with_cosine: bool
+
+
+_GRADIENT, _START = 0, 2
+"""Rows of a sample: a gradient's, with its momentum's after it, and the first of the parameters' own two."""
 
 
 class _Sample:
@@ -181,7 +185,7 @@ class _Sample:
         self._rows = torch.zeros(4, self.size, dtype=dtype, device=parts[0].device if parts else "cpu")
         split = [row.split([part.numel() for part in parts]) for row in self._rows] if parts else [[]] * 4
         self._places = [[x.view(part.shape) for x, part in zip(row, parts, strict=True)] for row in split]
-        self._start, self._end, self._whole = 2, 3, False
+        self._start, self._end, self._whole = _START, _START + 1, False
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
         """Whether it is of these parameters, neither moved nor converted since."""
@@ -200,9 +204,10 @@ class _Sample:
                 place.copy_(_entries(tensor, at))
         return self._rows[row]
 
-    def products(self) -> Tensor:
-        """Of gradient and momentum with one another, `[2, 2]`."""
-        return self._rows[:2] @ self._rows[:2].T
+    def products(self, row: int) -> Tensor:
+        """Of a row and the next one with one another, `[2, 2]`."""
+        pair = self._rows[row : row + 2]
+        return pair @ pair.T
 
     def start(self) -> None:
         """Remember the parameters as they are."""
@@ -223,9 +228,10 @@ class _Sample:
         for place, still in zip(self._places[self._start], there, strict=True):
             if not still:
                 place.zero_()
-        away = torch.sub(now, self._rows[self._start], out=self._rows[0])  # which no gradient needs any more
-        distance, size = torch.stack(torch._foreach_norm([away, now])).tolist()
-        return float(distance / max(size, 1e-12))
+        self._rows[self._start].sub_(now)  # in place: the next interval starts elsewhere
+        squares = self.products(_START).tolist()
+        distance, size = (math.sqrt(squares[row - _START][row - _START]) for row in (self._start, self._end))
+        return distance / max(size, 1e-12)
 
     def go_on(self) -> bool:
         """Let the next interval start where `moved` has just looked. Returns whether it saw all there is."""

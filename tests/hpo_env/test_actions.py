@@ -36,7 +36,7 @@ def move(
     base: Named,
     factor: float = math.inf,
 ) -> NDArray[np.float64]:
-    return actions.move(offsets, acts, first, in_columns(base), factor)
+    return actions.move(offsets, acts, first, actions.limits(in_columns(base), factor))
 
 
 def apply_offsets(base: Named, offsets: NDArray[np.float64]) -> Named:

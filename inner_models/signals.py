@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MEASURE_EVERY = 16
+MEASURE_EVERY = 8
 
 SAMPLED = 1 << 16
 """Parameters, about, that the meter looks at: of larger models it takes rows at equal distances, and scales up."""

@@ -53,10 +53,10 @@ class Feature:
     Attributes:
         low, high: bounds, to which the value is clipped.
         meaning: what it says, as shown in the documentation.
-        formula: computes it, `[runs]`; non-finite results become 0. None for a single one of `pairs`, and for those of
+        formula: computes it, `[runs]`; non-finite results become 0. None for those made of `pairs`, and for those of
             controls, which are computed together.
-        pairs, of_pairs: or the relative differences that it is made of, and how, from `[pairs, runs]`; None for a
-            single one as it is.
+        pairs, of_pairs: or the relative differences that it is made of, and how, from `[pairs, runs]`; a single
+            one needs no how.
         control: the control that it tells of, if it does of one.
     """
 

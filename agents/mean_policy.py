@@ -34,7 +34,7 @@ def mean_policy(policies: Sequence[ControlPolicy], strength: float = 1.0) -> Con
         raise ValueError(f"a mean needs at least two policies, not {len(headers)}")
     kinds: dict[str, list[Any]] = {
         "controls": [header.controls for header in headers],
-        "base rules": [{kind: header.base_rule(kind) for kind in header.base_rules} for header in headers],
+        "base rules": [header.base_rules for header in headers],
         "numbers of layers": [len(header.hidden) for header in headers],
     }
     for what, found in kinds.items():

@@ -65,7 +65,7 @@ PRESETS: dict[str, MetaTrainingConfig] = {
     ),
     "default": MetaTrainingConfig(
         timesteps=737_280, cohorts=16, replicas=16, rollout_steps=32, validate_every=49_152, validation_seeds=8,
-        epochs=8, minibatch=1024, learning_rate=6e-4, averaging=0.9,
+        epochs=8, minibatch=1024, learning_rate=6e-4, averaging=0.9, strength=0.6,
         variation=Variation(mask_probability=0.15, start_probability=0.2, blind_probability=0.7,
                             untold_probability=0.2, unmeasured_probability=0.1),
     ),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ import torch
 from agents.mean_policy import mean_policy
 from agents.policy import OBSERVATION_CLIP, ControlPolicy, PolicyHeader
 from agents.policy_file import of_controls
-from hpo_env.base_schedules import REGULARIZERS, calibrated_rule
 from hpo_env.observations import FEATURES
 from tests.rules import RULES
 from tests.tiny import random_policy
@@ -91,18 +89,6 @@ def test_its_header_tells_of_all() -> None:
     each = [{"seed": seed, "timesteps": 100 + seed} for seed in range(3)]
     assert header.training == {"preset": "tiny", "seconds": 30, "timesteps": 303, "mean_of": each}
     assert header.scores == {}
-
-
-def test_a_rule_may_leave_regularizers_out() -> None:
-    one, other = members()[:2]
-    calibrated: dict[str, Any] = {kind: calibrated_rule(kind).to_dict() for kind in ("adamw", "sgd")}
-    bare = {
-        kind: {**rule, "coefficients": {n: row for n, row in rule["coefficients"].items() if n not in REGULARIZERS}}
-        for kind, rule in calibrated.items()
-    }
-    for policy, rules in ((one, calibrated), (other, bare)):
-        policy.header = replace(policy.header, base_rules=rules)
-    assert mean_policy([one, other]).header.base_rules == calibrated
 
 
 def test_what_has_no_mean() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,11 +41,6 @@ class Score:
         return float(np.mean(list(self.returns.values())))
 
 
-def validation_seeds(count: int) -> range:
-    """The seeds of `count` runs of each task that choose between checkpoints; no judge uses them."""
-    return range(10_000, 10_000 + count)
-
-
 class MetaValidation:
     """Scores policies as users attach them (guard on, no loss before training) against the calibrated schedule.
 
@@ -81,18 +75,6 @@ class MetaValidation:
             log_ratios={name: float(ratio.mean()) for name, ratio in zip(self.names, ratios, strict=True)},
             log_ratio_iqm=float(trim_mean(np.concatenate(ratios), 0.25)),
         )
-
-    def told(self, score: Score) -> dict[str, Any]:
-        """A score as a policy file's header tells it."""
-        return {
-            "split": "meta-validation",
-            "measure": "ln(final validation loss of the calibrated schedule / of the policy)",
-            "seeds": len(self.seeds),
-            "log_ratio_iqm": score.log_ratio_iqm,
-            "mean_return": score.mean_return,
-            "mean_return_calibrated": self.base_return,
-            "log_ratios": score.log_ratios,
-        }
 
     def _run(self, method: CohortMethod) -> list[list[Run]]:
         return list(self._map(partial(_train, method=method, seeds=self.seeds, device=self.device), self.tasks))

@@ -30,7 +30,7 @@ from inner_models.splits import datasets_of
 from .board import ABOUT, BEST_LOG_RATIO, META_TRAINING_TAGS, TRAINING_HPARAMS, about, write_hparams
 from .checkpoints import Checkpoint, Checkpoints
 from .files import CONFIG_FILE, only_writer, write_atomically
-from .meta_validation import MetaValidation, Score, validation_seeds
+from .meta_validation import MetaValidation, Score
 from .policy import ControlPolicy, PolicyHeader
 from .policy_file import of_controls
 from .presets import MetaTrainingConfig, effective_config
@@ -204,7 +204,7 @@ class _Callback(BaseCallback):
         super().__init__()
         self.config, self.out, self.run_seed, self.device = config, out, seed, device
         self._checkpoints, self._provenance, self._report = checkpoints, provenance, report
-        seeds = validation_seeds(config.validation_seeds)
+        seeds = range(10_000, 10_000 + config.validation_seeds)
         self._validate = MetaValidation(config.validation, seeds, device=device, map=env.map)
         self.history: list[dict[str, float]] = []
         self.best = -np.inf
@@ -317,7 +317,18 @@ class _Callback(BaseCallback):
         self.logger.dump(self.num_timesteps)
         if score.log_ratio_iqm > self.best:
             self.best = score.log_ratio_iqm
-            policy.header = self._header({"timesteps": self.num_timesteps, **self._validate.told(score)})
+            policy.header = self._header(
+                {
+                    "split": "meta-validation",
+                    "measure": "ln(final validation loss of the calibrated schedule / of the policy)",
+                    "seeds": self.config.validation_seeds,
+                    "timesteps": self.num_timesteps,
+                    "log_ratio_iqm": score.log_ratio_iqm,
+                    "mean_return": score.mean_return,
+                    "mean_return_calibrated": self._validate.base_return,
+                    "log_ratios": score.log_ratios,
+                }
+            )
             policy.save(self.out / POLICY_FILE)
         self._report(Progress(self.num_timesteps, self.config.timesteps, score))
 

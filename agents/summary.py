@@ -42,6 +42,9 @@ REFERENCE = "calibrated"
 NEAR = 1.05
 """A bad start is made good if the run ends within this factor of the loss that it ends with from the good start."""
 
+BEST_ON_TEST = 8
+"""Trials of the bank that stand for the best on the test split."""
+
 COSTS = (2, 4, 8, 16, 32, 64, 128, 256)
 """Costs, in full runs, at which searches are compared."""
 
@@ -125,6 +128,7 @@ def _task(evaluation: Evaluation, label: str) -> dict[str, Any]:
     expected = {measure: _expected(evaluation, label, measure) for measure in MEASURES}
     equivalents = equivalents_interval(bank, own)
     costs = [cost for cost in COSTS if cost <= len(bank)]
+    best_on_test = bank[np.argsort(losses(trials, "test_final"), kind="stable")[:BEST_ON_TEST]].tolist()
     return {
         "horizon": evaluation.tasks[label].horizon,
         "rse": int(equivalents.value),
@@ -135,6 +139,7 @@ def _task(evaluation: Evaluation, label: str) -> dict[str, Any]:
         "rse_best_val": random_search_equivalents(
             losses(trials, "val_best"), float(losses(runs["policy"], "val_best").mean())
         ),
+        "rse_of_best_on_test": float(np.median([random_search_equivalents(bank, loss) for loss in best_on_test])),
         "rse_by_seed": [random_search_equivalents(bank, loss) for loss in own.tolist()],
         "rse_calibrated": random_search_equivalents(bank, float(losses(runs[REFERENCE], "val").mean())),
         "speedup": speedups,

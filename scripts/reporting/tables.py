@@ -211,7 +211,7 @@ def _by_task(result: Mapping[str, Any], by_seed: bool) -> Sheet:
     for label, task in result["tasks"].items():
         low, high = task["rse_ci"]
         cells = [label, str(task["horizon"]), f"{_rse(task['rse'], cap)} [{low:.0f}, {high:.0f}]"]
-        cells += [_rse(task[key], cap) for key in ("rse_calibrated", "rse_test", "rse_best_val")]
+        cells += [_rse(task[key], cap) for key in ("rse_calibrated", "rse_of_best_on_test", "rse_test", "rse_best_val")]
         cells.append(_speedups(task))
         cells += [_of_task(task["methods"][REFERENCE], measure) for measure in MEASURES]
         if by_seed:
@@ -219,7 +219,7 @@ def _by_task(result: Mapping[str, Any], by_seed: bool) -> Sheet:
             cells.append(", ".join(_times(value) for value in task["speedup"]))
             cells.append(", ".join(_loss(loss) for loss in task["calibrated_by_budget"].values()))
         rows.append(cells)
-    head = ("task", "intervals", "RSE", f"{REFERENCE}'s", "on test", "on best val", "speedup",
+    head = ("task", "intervals", "RSE", f"{REFERENCE}'s", "of the best on test", "on test", "on best val", "speedup",
             *(f"{measure} log ratio" for measure in MEASURES))  # fmt: skip
     title = f"random-search equivalents (RSE), speedup and log ratios to {REFERENCE}: {n_runs(result)}"
     budgets = ", ".join(f"x {float(m):g}" for m in next(iter(result["tasks"].values()))["calibrated_by_budget"])

@@ -60,6 +60,14 @@ def test_a_policy_that_is_worse_than_everything() -> None:
     assert summary["pays_for_itself_after_runs"] is None
 
 
+@pytest.mark.parametrize(("tests", "worth"), [(range(16), 3.5), (range(16, 0, -1), 1.0)])
+def test_what_the_trials_are_worth_that_are_best_on_test(tests: Sequence[int], worth: float) -> None:
+    # Of the losses 1..16 the expected best of n is 17 / (n + 1): the losses 1..8 are worth 16, 8, 5, 4, 3, 2, 2, 2.
+    bank = [run(float(val), test=float(test)) for val, test in zip(range(1, 17), tests, strict=True)]
+    found = summarize(evaluation({"a": runs(1.0, 2.0)}, lambda _: bank))
+    assert found["tasks"]["a"]["rse_of_best_on_test"] == worth
+
+
 def test_losses_by_hand() -> None:
     lost = Run(0, 2.0, [1.0] * 3, [1.5, math.inf, math.nan], {}, math.nan, -math.inf, 1.0)
     late = Run(1, 2.0, [1.0] * 3, [30.0, 0.25, 0.5], {}, 0.3, 25.0, 1.0)

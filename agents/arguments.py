@@ -120,8 +120,9 @@ def check_run(policy: ControlPolicy, optimizer: torch.optim.Optimizer, signals: 
     """
     for group in optimizer.param_groups:
         for name in ("lr", "weight_decay"):
-            if not 0 <= float(group.get(name, 0.0)) < math.inf:
-                raise ValueError(f"{name} of a parameter group must be a finite number, not {group[name]}")
+            value = group.get(name, 0.0)
+            if value is None or not 0 <= float(value) < math.inf:
+                raise ValueError(f"{name} of a parameter group must be a finite number, not {value}")
     missing = [name for name in policy.header.required_signals if name not in signals]
     if missing:
         raise PolicyError(

@@ -42,9 +42,10 @@ class BatchSize:
         for sampler in self.samplers:
             sampler.batch_size = self._rows
 
-    def follow(self, sampler: HasBatchSize) -> None:
-        """Have `sampler` take over the batch size, now and from now on."""
-        if getattr(sampler, "drop_last", False) and (rows := _rows(sampler)):
+    def follow(self, sampler: HasBatchSize, rows: int | None = None) -> None:
+        """Have `sampler`, which has so many `rows` if it cannot say that itself, take over the batch size, now and from
+        now on."""
+        if getattr(sampler, "drop_last", False) and (rows := rows or _rows(sampler)):
             self._most = min(self._most, rows)
             self._rows = min(self._rows, rows)
         sampler.batch_size = self._rows
@@ -82,18 +83,26 @@ def settable(loader: Loader) -> data.BatchSampler | BatchSampler | None:
 
 def examples_in(loader: Loader) -> int | None:
     """Examples in one pass over `loader` (of this process), where that is known."""
+    if loader.batch_sampler is None:
+        return _rows(loader.sampler)  # if that makes the batches: else the data set does, as large as it likes
+    if isinstance(loader.dataset, data.IterableDataset):
+        return length_of(loader.dataset)  # its sampler goes on for ever
     return _rows(loader.batch_sampler, loader.dataset)
+
+
+def length_of(container: Any) -> int | None:
+    """`len(container)`, where that is known."""
+    try:
+        return len(container) if isinstance(container, Sized) else None
+    except (TypeError, NotImplementedError):  # it inherits a __len__ which it cannot answer
+        return None
 
 
 def _rows(sampler: Any, otherwise: Any = None) -> int | None:
     """Rows in one pass of a batch sampler; of one that is neither torch's nor ours, those of `otherwise`."""
     if isinstance(sampler, BatchSampler):
         return sampler.examples
-    rows = sampler.sampler if isinstance(sampler, data.BatchSampler) else otherwise
-    try:
-        return len(rows) if isinstance(rows, Sized) else None
-    except (TypeError, NotImplementedError):  # a data set that inherits a __len__ which it cannot answer
-        return None
+    return length_of(sampler.sampler if isinstance(sampler, data.BatchSampler) else otherwise)
 
 
 def _plain(state: Any) -> Any:

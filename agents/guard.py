@@ -18,8 +18,11 @@ from .watch import Watch
 class Guard:
     """Keeps one copy of the model's and the optimizer's state, the run's best, in main memory."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, notices: Notices) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, notices: Notices, *, lowers_lr: bool = True
+    ) -> None:
         self._model, self._optimizer, self._notices = model, optimizer, notices
+        self._then = " and lowered lr to a quarter" if lowers_lr else ""
         self._watch = Watch()
         self._snapshot: dict[str, Any] = {}
         self._take()
@@ -39,13 +42,11 @@ class Guard:
             with self._notices.surviving("restoring the best snapshot"):
                 self.restore()
                 self._notices.tell(
-                    "divergence",
-                    "epoch %d: %s; restored the best snapshot and lowered lr to a quarter",
-                    epoch,
-                    verdict,
+                    "divergence", "epoch %d: %s; restored the best snapshot%s", epoch, verdict, self._then
                 )
         return verdict
 
+    @torch.inference_mode(False)  # as in `_take`
     def restore(self) -> None:
         """Load the snapshot; the parameter groups keep their settings.
 
@@ -53,7 +54,7 @@ class Guard:
             RuntimeError: the model has other tensors by now; those that fit are restored.
         """
         groups = self._optimizer.param_groups
-        if _sizes(groups) == _sizes(self._snapshot["optimizer"]["param_groups"]):  # else no state fits them
+        if _shapes(groups) == self._shapes:  # else no state fits them
             kept = [{key: value for key, value in group.items() if key != "params"} for group in groups]
             self._optimizer.load_state_dict(copy.deepcopy(self._snapshot["optimizer"]))
             for group, values in zip(self._optimizer.param_groups, kept, strict=True):
@@ -82,19 +83,22 @@ class Guard:
             raise ValueError(
                 "the guard's snapshot is of another optimizer, or the optimizer's state was not loaded first"
             )
-        _sizes(groups)
+        if any("params" not in group for group in groups):
+            raise ValueError("the guard's snapshot lacks the optimizer's parameters")
+        self._shapes = _shapes(self._optimizer.param_groups)
         self._snapshot = _copied(snapshot)  # not the caller's own: the next best overwrites it
         self._watch.load_state_dict(state)
 
     @torch.inference_mode(False)  # a tensor made in that mode could not be overwritten outside of it
     def _take(self) -> None:
         state = {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        self._shapes = _shapes(self._optimizer.param_groups)
         into, self._snapshot = self._snapshot, {}  # which is all that a failure leaves, not a mixture
         self._snapshot = _copied(state, into)
 
 
-def _sizes(groups: list[dict[str, Any]]) -> list[int]:
-    return [len(group["params"]) for group in groups]
+def _shapes(groups: list[dict[str, Any]]) -> list[list[torch.Size]]:
+    return [[parameter.shape for parameter in group["params"]] for group in groups]
 
 
 def _layout(state: Any) -> Any:

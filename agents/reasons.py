@@ -75,7 +75,8 @@ def reason(
         guard: what the guard found wrong since the last decision.
         epochs: epochs between two decisions.
     """
-    parts = [f"guard: {guard}, so back to the best snapshot at a quarter of the lr"] if guard else []
+    lowered = " at a quarter of the lr" if "lr" in after else ""
+    parts = [f"guard: {guard}, so back to the best snapshot{lowered}"] if guard else []
     if out_of_depth:
         stay = after
     moved = {

@@ -28,7 +28,7 @@ from .tolerance import Notices
 from .trajectory import Trajectory
 from .tuner_state import shares_of
 from .untrusted import integer, table
-from .user_run import batch_sampler, batch_size_of, losses_of
+from .user_run import batch_sampler, batch_size_of, losses_of, own_optimizer
 from .watch import LOWERED
 
 VERSION = 2
@@ -79,13 +79,14 @@ class Replay:
         guard: bool = True,
         writer: ScalarWriter | None = None,
     ) -> None:
+        optimizer = own_optimizer(optimizer)
         self.total_epochs, self.epoch = count("total_epochs", total_epochs), 0
         wanted = chosen(controls, trajectory.controls)
         if not trajectory.epochs:
             raise ValueError("the trajectory has no finished epoch: there is nothing to replay")
-        batches = count("batches_per_step", batches_per_step) * world_size(model)
         self._notices = Notices()
-        self._batch_size = batch_size_of(batch_size, loader, batches, self._notices)
+        batches = count("batches_per_step", batches_per_step) * world_size(model, self._notices)
+        self._batch_size = batch_size_of(batch_size, loader, model, batches, self._notices)
         self._optimizer, self._model, self._writer = optimizer, model, writer
         self._binding = Binding(optimizer, model, self._batch_size, criterion)
         values = trajectory.values_for(self.total_epochs)

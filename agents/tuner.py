@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, SupportsIndex, Unpack
+from typing import Any, ClassVar, Literal, Self, SupportsIndex, Unpack
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from .tolerance import Notices, TolerantMeter
 from .trajectory import Trajectory
 from .tuner_state import VERSION
 from .tuner_state import check as check_state
-from .user_run import batch_sampler, batch_size_of, losses_of
+from .user_run import batch_sampler, batch_size_of, losses_of, own_optimizer
 from .watch import LOWERED
 
 PRETRAINED = "pretrained.safetensors"
@@ -56,7 +56,7 @@ class Tuner:
             third, ... time.
         loader: the run's training `DataLoader`. From then on its batch size is what the tuner says, if the loader has
             one that can be set (an ordinary loader has), from its next pass on; `loader.batch_size` does not show it.
-        model: the model; needed to move dropout and augmentation (`Augment`), and for the guard. If it is a
+        model: the model; needed to move dropout and augmentation (`Augment`), and for the guard. If it is or holds a
             `DistributedDataParallel`, `step` takes the mean of the losses over its processes: all of them must make and
             step a tuner.
         criterion: the training loss as a module, such as `nn.CrossEntropyLoss(label_smoothing=0.1)`; needed to move
@@ -96,6 +96,9 @@ class Tuner:
         ...     tuner.step(train_loss=train_loss, val_loss=val_loss)
     """
 
+    _losses_are_shared: ClassVar[bool] = False
+    """Whether all processes are given the same ones, whatever the model is."""
+
     def __init__(
         self,
         policy: ControlPolicy,
@@ -116,6 +119,7 @@ class Tuner:
         guard: bool = True,
         writer: ScalarWriter | None = None,
     ) -> None:
+        optimizer = own_optimizer(optimizer)
         total_epochs = count("total_epochs", total_epochs)
         if start not in ("policy", "given"):
             raise ValueError(f"start must be 'policy' or 'given', not {start!r}")
@@ -123,13 +127,13 @@ class Tuner:
         if not max_factor > 1:
             raise ValueError(f"max_factor must be above 1, not {max_factor}")
         examples = None if examples_per_epoch is None else count("examples_per_epoch", examples_per_epoch)
-        ranks = world_size(model)
+        self._notices = Notices()
+        ranks = world_size(model, None if self._losses_are_shared else self._notices)
         self._batches = batches = count("batches_per_step", batches_per_step) * ranks
         if examples is None and loader is not None and (rows := examples_in(loader)):
             examples = rows * ranks
         check_run(policy, optimizer, signals)
-        self._notices = Notices()
-        self._batch_size = batch_size_of(batch_size, loader, batches, self._notices)
+        self._batch_size = batch_size_of(batch_size, loader, model, batches, self._notices)
         known = {} if initial_loss is None else {"val_loss": real("initial_loss", initial_loss)}
         known = averaged(known, model)
         if not all(map(math.isfinite, known.values())):
@@ -156,7 +160,7 @@ class Tuner:
         self._loop.restart([0], {name: np.array([value]) for name, value in known.items()}, fixed=[lacking])
         self._settings: dict[str, Any] = {"total_epochs": total_epochs, "start": start, "max_factor": max_factor}
         self._settings["controls"] = ", ".join(moved)
-        self._guard = Guard(model, optimizer, self._notices) if guard and model is not None else None
+        self._guard = self._made_guard() if guard and model is not None else None
         if self._guard and known:
             self._guard.check(0, known)
         self._meter = TolerantMeter(optimizer, self._notices)
@@ -249,7 +253,7 @@ class Tuner:
                 self._verdict = None
             else:
                 self._apply(self._loop.values_at(self._intervals.progress))
-        elif verdict:
+        elif verdict and "lr" in self._controls:
             self._set({"lr": self.hyperparameters["lr"] * LOWERED})
         if self.epoch > self.total_epochs:
             self._notices.tell("over", "more epochs than total_epochs=%d: values stay as they are", self.total_epochs)
@@ -269,6 +273,7 @@ class Tuner:
             ValueError: the tuner was made without `batch_size`.
         """
         sampler = batch_sampler(self._batch_size, data, seed, drop_last)
+        self._written = self.hyperparameters  # the sampler may not have room for the batch size
         if self._examples is None:
             self._examples = sampler.rows
         if not self.epoch and self._loop.tell_examples(float(sampler.rows * self.total_epochs)):
@@ -286,6 +291,7 @@ class Tuner:
         if self._batch_size is None:
             raise ValueError("the tuner was made without batch_size=..., so it does not control the batch size")
         self._batch_size.follow(sampler)
+        self._written = self.hyperparameters
 
     def state_dict(self) -> dict[str, Any]:
         """State to put in the run's own checkpoint (tensors and plain values, the guard's snapshot included)."""
@@ -308,8 +314,8 @@ class Tuner:
         """All that can fail comes before anything is changed."""
         check_state(state, self._outline())
         guard = None
-        if self._guard and self._model is not None:
-            guard = Guard(self._model, self._optimizer, self._notices)  # of the weights just loaded
+        if self._guard:
+            guard = self._made_guard()  # of the weights just loaded
             if state["guard"]:
                 guard.load_state_dict(state["guard"])
         intervals = Intervals(self.total_epochs)
@@ -348,6 +354,10 @@ class Tuner:
     def close(self) -> None:
         """Take the measuring hook off the optimizer."""
         self._meter.close()
+
+    def _made_guard(self) -> Guard:
+        assert self._model is not None
+        return Guard(self._model, self._optimizer, self._notices, lowers_lr="lr" in self._controls)
 
     def _guarded(self, losses: Mapping[str, float]) -> str | None:
         """Have the guard look at an epoch's losses. Returns what is wrong with the run, if anything."""

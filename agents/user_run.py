@@ -8,14 +8,21 @@ from collections.abc import Sized
 from typing import SupportsIndex
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from inner_models.sampling import BatchSampler
+from inner_models.sampling import MICRO_BATCH, BatchSampler
 
 from .arguments import count, real
-from .batch_size import BatchSize, Loader, settable
+from .batch_size import BatchSize, Loader, examples_in, settable
 from .ranks import averaged
 from .tolerance import Notices
+
+
+def own_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that takes the steps: what Accelerate prepares is a wrapper around it, without hooks."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def losses_of(
@@ -32,12 +39,13 @@ def losses_of(
 
 
 def batch_size_of(
-    batch_size: int | None, loader: Loader | None, batches_per_step: int, notices: Notices
+    batch_size: int | None, loader: Loader | None, model: nn.Module | None, batches_per_step: int, notices: Notices
 ) -> BatchSize | None:
     """The batch size of a run, from now on in our hands; None where the run has none that can be set.
 
     Args:
         batch_size, loader: what the user gave: one of them, or none.
+        model: what is trained on the batches, if given.
         batches_per_step: batches that make one optimizer step, over all processes.
 
     Raises:
@@ -51,9 +59,18 @@ def batch_size_of(
     if sampler is None:
         notices.tell("loader", "this loader's batch size cannot be set from outside: it stays as it is")
         return None
+    rows = examples_in(loader)
+    if rows and rows % MICRO_BATCH == 1 and not getattr(sampler, "drop_last", True) and _has_norm(model):
+        notices.tell(
+            "last row", "an epoch's last batch can be a single row, on which batch norm fails: give drop_last=True"
+        )
     found = BatchSize(sampler.batch_size, batches_per_step)
-    found.follow(sampler)
+    found.follow(sampler, rows)
     return found
+
+
+def _has_norm(model: nn.Module | None) -> bool:
+    return model is not None and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def batch_sampler(

@@ -29,10 +29,11 @@ class Watch:
         broken = [name for name, value in signals.items() if not math.isfinite(value)]
         if broken:
             return f"{' and '.join(broken)} not finite", False
-        # Both losses must be off (validation alone rises when a model overfits), or one beyond all measure.
+        # All losses must be off, that of training among them (validation alone rises when a model overfits), or one
+        # beyond all measure, if there is one: a loss that was only ever 0 gives none.
         far = [name for name, value in signals.items() if self._far_above(name, value)]
-        lost = [name for name in far if name in self._best and signals[name] > DIVERGED * self._scale(name)]
-        if self._best and (lost or len(far) == len(signals)):
+        lost = [name for name in far if name in self._best and 0 < DIVERGED * self._scale(name) < signals[name]]
+        if self._best and (lost or ("train_loss" in far and len(far) == len(signals))):
             name = (lost or far)[-1]
             return f"{name} {signals[name]:.4g} is far above the run's best", False
         name = "val_loss" if "val_loss" in signals else "train_loss"

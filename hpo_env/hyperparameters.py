@@ -191,8 +191,12 @@ class Binding:
             "augmentation": [layer for layer in layers if isinstance(layer, Augment)],
             "label_smoothing": [loss for loss in losses if isinstance(getattr(loss, "label_smoothing", None), float)],
         }
+        rates = [float(group["lr"]) for group in self._groups]
+        if not any(rates):  # a scheduler that warms up from 0 is attached
+            rates = [float(group.get("initial_lr", 0.0)) for group in self._groups]
+        self._firsts = [group["params"][0] if group["params"] else None for group in self._groups]
         self.shares = {
-            "lr": _shares([float(group["lr"]) for group in self._groups]),
+            "lr": _shares(rates),
             "weight_decay": _shares([float(group.get("weight_decay", 0.0)) for group in self._groups]),
             **{name: _shares(self._held(name)) for name in self._modules},
         }
@@ -234,13 +238,26 @@ class Binding:
                 for module, share in zip(self._modules[name], self.shares[name], strict=True):
                     setattr(module, _ATTRIBUTES[name], value * share)
             else:
-                shares = self.shares[name] + [1.0] * (len(self._groups) - len(self.shares[name]))  # groups added later
-                for group, share in zip(self._groups, shares, strict=True):
+                for group, share in zip(self._groups, self._shares_of_groups(name), strict=True):
                     _set(group, name, value * share)
+
+    def _shares_of_groups(self, name: str) -> list[float]:
+        """A control's shares, of the groups that there are now. One that was added later has the largest rate, and the
+        largest decay if it has any."""
+        shares, groups = self.shares[name], self._groups
+        if len(groups) < len(shares):
+            left = [group["params"][0] for group in groups if group["params"]]
+            kept = [any(first is other for other in left) for first in self._firsts]
+            shares = [share for share, stays in zip(shares, kept, strict=True) if stays]
+        return shares + [1.0 if name == "lr" or group.get(name) else 0.0 for group in groups[len(shares) :]]
+
+
+_DECOUPLED = (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Muon)
+"""Optimizers whose weight decay is scaled by the learning rate alone."""
 
 
 def _decays(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    decoupled = isinstance(optimizer, torch.optim.SGD | torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
+    decoupled = isinstance(optimizer, _DECOUPLED) or group.get("decoupled_weight_decay", False)
     return bool(decoupled) and float(group.get("weight_decay", 0.0)) > 0
 
 

@@ -59,6 +59,7 @@ class GradientMeter:
         self._sample = self._began = NOTHING
         self.begin()
 
+    @torch.inference_mode(False)  # tensors made in that mode could not be written to outside of it
     @torch.no_grad()
     def begin(self) -> None:
         """Forget what was measured and start an interval here."""
@@ -70,6 +71,7 @@ class GradientMeter:
         self._began = self._sample
         self._began.start()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def finish(self) -> dict[str, float]:
         """Return the interval's `grad_norm`, `grad_norm_std`, `grad_cosine` and `update_ratio`, and start the next."""
@@ -207,6 +209,10 @@ class _Sample:
     def products(self, row: int) -> Tensor:
         """Of a row and the next one with one another, `[2, 2]`."""
         pair = self._rows[row : row + 2]
+        device = pair.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # squares would overflow half precision
+                return pair @ pair.T
         return pair @ pair.T
 
     def start(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from inner_models.names import unknown
 
 from ..arguments import OptionalArguments, check_names
-from ..batch_size import Loader, examples_in, settable
+from ..batch_size import Loader, examples_in, length_of, settable
 from ..optional import require
 from ..policy import ControlPolicy
 from ..tuner import Tuner
@@ -103,8 +103,9 @@ class TunerCallback(pl.Callback):
         if self._loader is None:
             _log.warning("TunerCallback: training data that is not one DataLoader keeps its batch size")
         sampler = settable(self._loader) if self._loader is not None else None
-        given = sampler.batch_size if sampler else None
-        self._share = trainer.num_training_batches / len(self._loader) if self._loader is not None and sampler else 1.0
+        given = sampler.batch_size if sampler is not None else None
+        batches = length_of(self._loader)
+        self._share = trainer.num_training_batches / batches if batches else 1.0
         self.tuner = self._make(trainer)
         self._begin_epoch()
         if state:
@@ -112,14 +113,14 @@ class TunerCallback(pl.Callback):
             self._losses, self._batches, self._val_loss = state["losses"], state["batches"], state["val_loss"]
         self._sampler = sampler if "batch_size" in self.tuner.hyperparameters else None
         self._begun_late = trainer.current_epoch > 0
-        if self._sampler and self._sampler.batch_size != given:
+        if self._sampler is not None and self._sampler.batch_size != given:
             self._recount(trainer)
             _start_pass(trainer)  # workers have been handed batches of the old size
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have the trainer take the batch size of this epoch, also where it has just loaded its data anew."""
         self._loader = _only_loader(trainer)
-        if self._sampler and self._loader is not None and (sampler := settable(self._loader)):
+        if self._sampler is not None and self._loader is not None and (sampler := settable(self._loader)) is not None:
             sampler.batch_size = self._sampler.batch_size
             self._recount(trainer)
         if self._begun_late:
@@ -191,11 +192,16 @@ class TunerCallback(pl.Callback):
 
     def _recount(self, trainer: pl.Trainer) -> None:
         """The trainer counts the batches of an epoch when it sets its loader up; batches of another size are more or
-        fewer."""
+        fewer. Where their number is not known, an epoch ends with the data, or after as many batches as it did."""
         loop, loader = trainer.fit_loop, self._loader
         assert loop._combined_loader is not None
         assert loader is not None
-        loop.max_batches = max(1, round(self._share * len(loader)))
+        assert self._sampler is not None
+        if isinstance(loader.dataset, torch.utils.data.IterableDataset):
+            vars(loader)["batch_size"] = self._sampler.batch_size  # of which its length is; torch refuses setattr
+        if (batches := length_of(loader)) is None:
+            return
+        loop.max_batches = max(1, round(self._share * batches))
         loop._combined_loader.limits = [loop.max_batches]
         if isinstance(trainer.val_check_interval, float):
             trainer.val_check_batch = max(1, int(loop.max_batches * trainer.val_check_interval))

@@ -30,6 +30,10 @@ _KNOWN_TO_THE_TRAINER = ("optimizer", "model", "loader", "total_epochs", "exampl
 _log = logging.getLogger("hyperpilot")
 
 
+class _Tuner(Tuner):
+    _losses_are_shared = True  # the Trainer gathers them, and its callbacks see the model without its wrapper
+
+
 class TunerCallback(TrainerCallback):
     """Sets the learning rate, weight decay and dropout of a Trainer's run, anew after every evaluation.
 
@@ -98,13 +102,12 @@ class TunerCallback(TrainerCallback):
         self._close()
         intervals = _intervals(args, state)
         examples = state.max_steps * (state.train_batch_size or 1) * args.gradient_accumulation_steps * args.world_size
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate's wrapper has no hooks
         controls, schedule = self._arguments.get("controls"), kwargs["lr_scheduler"]
         moved = controls is None or "lr" in controls
         self._schedule = _set_aside(schedule, args.lr_scheduler_type) if moved else None
-        self.tuner = Tuner.load(
+        self.tuner = _Tuner.load(
             self._policy,
-            optimizer,
+            kwargs["optimizer"],
             model=kwargs["model"],
             total_epochs=intervals,
             examples_per_epoch=math.ceil(examples / intervals),

@@ -421,6 +421,26 @@ def test_warnings_of_what_does_not_go_together(caplog: pytest.LogCaptureFixture)
     assert ["scheduler" in caplog.messages[0], "Adam" in caplog.messages[1]] == [True, True]
 
 
+def test_a_scheduler_that_begins_at_zero_leaves_the_groups_their_ratio() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(3))], "lr": lr} for lr in (1e-4, 1e-3)]
+    optimizer = torch.optim.AdamW(groups)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: epoch / 10)
+    Tuner(random_policy(), optimizer, total_epochs=3)
+    low, high = (group["lr"] for group in optimizer.param_groups)
+    assert low == pytest.approx(high / 10)
+
+
+def test_an_optimizer_that_accelerate_prepared() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Linear(3, 2)
+    prepared = accelerate.Accelerator(cpu=True).prepare(torch.optim.AdamW(model.parameters()))
+    tuner = Tuner(random_policy(), prepared, model=model, total_epochs=3)
+    torch.autograd.backward(model(torch.ones(4, 3)).square().mean())
+    prepared.step()
+    tuner.step(train_loss=1.0, val_loss=1.0)
+    assert tuner.history[1]["observation"][tuner.policy.header.features.index("gradients_missing")] == 0.0
+
+
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
@@ -442,6 +462,40 @@ def test_parameters_that_come_and_go() -> None:
     assert optimizer.param_groups[1]["lr"] == tuner.hyperparameters["lr"]
     tuner.step(train_loss=math.nan, val_loss=math.nan)
     assert np.isfinite([entry["observation"] for entry in tuner.history]).all()
+
+
+def test_groups_that_are_taken_away() -> None:
+    run = Loop()
+    tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=6)
+    _, *expected = run.settings()
+    del run.optimizer.param_groups[0]
+    tuner._apply(tuner._loop.values())
+    assert run.settings() == expected
+    tuner.step(train_loss=1.0, val_loss=1.0)
+    assert len(tuner.history) == 2
+
+
+def test_a_group_that_is_added_without_decay_stays_so() -> None:
+    first, second, third = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    optimizer = torch.optim.AdamW([first], weight_decay=0.1)
+    tuner = Tuner(random_policy(), optimizer, total_epochs=4)
+    optimizer.add_param_group({"params": [second], "weight_decay": 0.0})
+    optimizer.add_param_group({"params": [third]})
+    for _ in range(2):
+        found = tuner.step(train_loss=1.0, val_loss=1.0)
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        assert decays == [found["weight_decay"], 0.0, found["weight_decay"]]
+
+
+def test_squares_of_gradients_do_not_overflow_under_autocast() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    tuner = Tuner(random_policy(), optimizer, total_epochs=4)
+    with torch.autocast("cpu", torch.float16):
+        for _ in range(2):
+            parameter.grad = torch.full((2,), 300.0)
+            optimizer.step()
+        assert tuner._meter.finish()["grad_norm"] == pytest.approx(300 * 2**0.5)
 
 
 def test_sparse_gradients_go_unmeasured() -> None:

@@ -101,6 +101,22 @@ def test_overfitting_is_no_divergence() -> None:
     assert tuner.history[-1]["guard"] is not None
 
 
+def test_overfitting_is_no_divergence_where_only_the_validation_loss_is_told() -> None:
+    _, tuner = guarded()
+    for val_loss in (0.3, 0.28, 0.4, 0.7, 0.9):
+        tuner.step(train_loss=None, val_loss=val_loss)
+    assert all(entry["guard"] is None for entry in tuner.history)
+    tuner.step(train_loss=None, val_loss=31.0)
+    assert tuner.history[-1]["guard"] is not None
+
+
+def test_a_loss_that_was_only_ever_zero_is_no_measure() -> None:
+    _, tuner = guarded()
+    for val_loss in (0.0, 0.0, 0.01, 0.0, 0.01):
+        tuner.step(train_loss=0.5, val_loss=val_loss)
+    assert all(entry["guard"] is None for entry in tuner.history)
+
+
 def test_a_finite_first_epoch_that_is_worse_than_no_training() -> None:
     run = Loop()
     first = run.weights()
@@ -187,8 +203,47 @@ def test_steps_inside_and_outside_of_inference_mode(first_inside: bool) -> None:
             tuner.step(train_loss=1.0, val_loss=val_loss)
     best = run.weights()
     run.epoch(4)
-    tuner.step(train_loss=1.0, val_loss=math.nan)
+    with torch.inference_mode(not first_inside):
+        tuner.step(train_loss=1.0, val_loss=math.nan)
     assert equal(run.weights(), best)
+    run.epoch(5)  # with moments that may be written to
+    tuner.step(train_loss=1.0, val_loss=1.0)
+    measured = tuner.policy.header.features.index("gradients_missing")
+    assert [entry["observation"][measured] for entry in tuner.history[1:]] == [0.0] * 6
+
+
+def test_after_surgery_no_moments_are_restored_that_do_not_fit(caplog: pytest.LogCaptureFixture) -> None:
+    def train() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(model(torch.ones(4, 3)).square().mean())
+        optimizer.step()
+
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    tuner = Tuner(constant_policy(), optimizer, model=model, total_epochs=6)
+    train()
+    tuner.step(train_loss=1.0, val_loss=1.0)
+    model[1] = nn.Linear(2, 5)
+    optimizer.param_groups[0]["params"][2:] = list(model[1].parameters())
+    train()
+    tuner.step(train_loss=math.nan, val_loss=math.nan)
+    train()
+    assert "restoring the best snapshot failed" in caplog.text  # the model's part, which says so
+    assert optimizer.state[optimizer.param_groups[0]["params"][2]]["exp_avg"].shape == (5, 2)
+
+
+@pytest.mark.parametrize("epochs", [2, 5])
+def test_a_rate_that_is_not_the_tuners_is_left_alone(epochs: int, caplog: pytest.LogCaptureFixture) -> None:
+    run = Loop()
+    rates = [lr for lr, _ in run.settings()]
+    tuner = Tuner(
+        constant_policy(), run.optimizer, model=run.model, total_epochs=epochs, controls=["weight_decay", "dropout"]
+    )
+    tuner.step(train_loss=1.0, val_loss=1.0)
+    tuner.step(train_loss=1.0, val_loss=math.nan)
+    assert [lr for lr, _ in run.settings()] == rates
+    assert "restored the best snapshot" in caplog.text
+    assert "lr" not in caplog.text + tuner.history[-1]["reason"]
 
 
 def test_a_divergence_at_the_end_or_later_lowers_lr_too() -> None:

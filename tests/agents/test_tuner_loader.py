@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -67,31 +68,51 @@ class Stream(IterableDataset[torch.Tensor]):
         return iter(torch.arange(300.0))
 
 
-def test_a_stream_has_a_batch_size_and_no_length() -> None:
-    loader = DataLoader(Stream(), batch_size=16)
+class SizedStream(Stream):
+    def __len__(self) -> int:
+        return 300
+
+
+class Batches(IterableDataset[torch.Tensor]):
+    """Ready batches, in a number that is known."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(torch.arange(300.0).view(3, 100))
+
+    def __len__(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize(("stream", "examples"), [(Stream, None), (SizedStream, 300)])
+def test_a_stream_has_a_batch_size_and_the_length_that_it_tells(stream: type[Stream], examples: int | None) -> None:
+    loader = DataLoader(stream(), batch_size=16)
     tuner = attached(loader)
     size = int(tuner.hyperparameters["batch_size"])
     assert size > 16
     assert [len(batch) for batch in loader] == [size, 300 - size]
-    assert tuner.trajectory.examples_per_epoch is None
+    assert tuner.trajectory.examples_per_epoch == examples
 
 
 @pytest.mark.parametrize(
-    "loader",
+    ("loader", "examples"),
     [
-        DataLoader(DATA, batch_sampler=Buckets(SequentialSampler(DATA), 4, False)),
-        DataLoader(DATA, batch_size=None),
+        (DataLoader(DATA, batch_sampler=Buckets(SequentialSampler(DATA), 4, False)), 200),
+        (DataLoader(DATA, batch_size=None), None),
+        (DataLoader(Batches(), batch_size=None), None),
+        (DataLoader(DATA, batch_size=None, sampler=BatchSampler(SequentialSampler(range(60)), 4, False)), 60),
     ],
-    ids=["own batches", "none"],
+    ids=["own batches", "none", "ready batches", "batches by the sampler"],
 )
-def test_batch_sizes_that_cannot_be_set(loader: DataLoader[Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_batch_sizes_that_cannot_be_set(
+    loader: DataLoader[Any], examples: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING)
     tuner = attached(loader)
     assert "batch_size" not in tuner.hyperparameters
     assert [r.message for r in caplog.records if "loader" in r.message] == [
         "this loader's batch size cannot be set from outside: it stays as it is"
     ]
-    assert tuner.trajectory.examples_per_epoch == 200
+    assert tuner.trajectory.examples_per_epoch == examples
     with pytest.raises(ValueError, match="unknown control 'batch_size'"):
         attached(loader, controls=["batch_size"])
 
@@ -177,3 +198,42 @@ def test_a_decision_that_cannot_be_explained_is_taken(
     assert [r.message for r in caplog.records if r.levelno == logging.WARNING] == [
         "explaining a decision failed; the run goes on without it"
     ]
+
+
+@pytest.mark.parametrize(("rows", "drop_last", "norm", "warns"), [
+    (1025, False, True, True), (1025, True, True, False), (1025, False, False, False), (1024, False, True, False),
+])  # fmt: skip
+def test_a_last_row_that_batch_norm_cannot_train_on(
+    rows: int, drop_last: bool, norm: bool, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2) if norm else nn.ReLU())
+    loader = DataLoader(TensorDataset(torch.zeros(rows, 3)), batch_size=50, drop_last=drop_last)
+    Tuner(constant_policy(), torch.optim.AdamW(model.parameters()), model=model, loader=loader, total_epochs=3)
+    assert ("drop_last=True" in caplog.text) == warns
+
+
+def test_a_sampler_without_room_for_the_batch_size_is_no_other_hand(caplog: pytest.LogCaptureFixture) -> None:
+    run = Loop()
+    tuner = Tuner(
+        constant_policy(), run.optimizer, model=run.model, total_epochs=6, batch_size=32, examples_per_epoch=10
+    )
+    tuner.batch_sampler(10, drop_last=True)
+    tuner.step(train_loss=1.0, val_loss=1.0)
+    assert "scheduler" not in caplog.text
+
+
+class SizedStream(IterableDataset[Any]):
+    def __len__(self) -> int:
+        return 40
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(torch.arange(40.0))
+
+
+def test_a_stream_that_drops_its_last_batch_does_not_drop_all() -> None:
+    loader = DataLoader(SizedStream(), batch_size=16, drop_last=True)
+    tuner = attached(loader)
+    for epoch in range(4):
+        assert sum(map(len, loader)) > 0
+        tuner.step(train_loss=1.0, val_loss=1.0 - epoch / 10)
+    assert tuner.hyperparameters["batch_size"] == 40

@@ -6,38 +6,53 @@ Two of them train on halves of 255 digits and meet through files in the folder. 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from agents import ControlPolicy, Tuner
+from agents.replay import Replay
 from tests.recipes.page import Moving, Recipe
 
 ROWS = 255
 BROKEN, ENDS = 3, 5
 """The epoch in which rank 1 has no loss, and the one before which a run is ended."""
 
+FEW: dict[str, Any] = {"controls": ["lr", "weight_decay"]}
+"""Without the batch size: ranks that disagree on it have unlike numbers of batches, and wait for each other forever."""
+
 
 class Run:
-    """A recipe's model and data on this rank."""
+    """A recipe's model and data on this rank.
 
-    def __init__(self, rank: int) -> None:
+    Args:
+        wrapped: makes what is trained, and given to the tuner, of the distributed model.
+        arguments: others of the tuner's.
+    """
+
+    def __init__(
+        self, rank: int, wrapped: Callable[[nn.Module], Any] = lambda replica: replica, **arguments: Any
+    ) -> None:
         self.rank, self.recipe = rank, Recipe("distributed").watch()
-        self.model = DistributedDataParallel(self.recipe["model"])
+        self.model = wrapped(DistributedDataParallel(self.recipe["model"]))
         rows = Subset(self.recipe["train_set"], range(ROWS))
         self.sampler: DistributedSampler[Any] = DistributedSampler(rows)
         self.loader = DataLoader(rows, batch_size=32, sampler=self.sampler)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
-        self.tuner = Tuner.pretrained(
-            self.optimizer, model=self.model, loader=self.loader, total_epochs=self.recipe["EPOCHS"]
-        )
+        known = {"model": self.model, "loader": self.loader, "total_epochs": self.recipe["EPOCHS"]}
+        self.tuner = Tuner.pretrained(self.optimizer, **{**known, **arguments})
         self.told: list[float] = []
 
     def train(self, *, until: int = 8, broken: int | None = None) -> dict[str, Any]:
@@ -83,6 +98,23 @@ def resumed(rank: int, folder: Path) -> dict[str, Any]:
     return run.train()
 
 
+def warned(rank: int) -> list[list[str]]:
+    """What is logged of a tuner whose model holds the distributed one, of one with a bare model, of one with none, and
+    of a replay with none.
+    """
+    log, handler = logging.getLogger("hyperpilot"), BufferingHandler(1000)
+    log.addHandler(handler)
+    seen, bare = [], Recipe("distributed")["model"]
+    for model in ({}, {"model": bare}, {"model": None}):
+        run = Run(rank, nn.Sequential, **FEW, **model)
+        run.train(until=2)
+        seen.append([record.getMessage() for record in handler.buffer])
+        handler.flush()
+    Replay(run.tuner.trajectory, run.optimizer, total_epochs=2)
+    log.removeHandler(handler)
+    return [*seen, [record.getMessage() for record in handler.buffer]]
+
+
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
@@ -91,6 +123,9 @@ def main() -> None:
         "ordinary": Run(rank).train(),
         "broken": Run(rank).train(broken=BROKEN),
         "resumed": resumed(rank, folder),
+        "held": Run(rank, nn.Sequential, **FEW).train(),
+        "compiled": Run(rank, partial(torch.compile, backend="eager"), **FEW).train(),
+        "warned": warned(rank),
     }
     ControlPolicy.act = Moving("batch_size")  # type: ignore[method-assign,assignment]
     seen["moving"] = Run(rank).train()

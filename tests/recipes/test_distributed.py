@@ -40,7 +40,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("name", ["ordinary", "broken", "resumed", "moving"])
+@pytest.mark.parametrize("name", ["ordinary", "broken", "resumed", "held", "compiled", "moving"])
 def test_all_ranks_do_the_same(ranks: list[Seen], name: str) -> None:
     one, other = (rank[name] for rank in ranks)
     assert all(a != b for a, b in zip(one["told"], other["told"], strict=True))
@@ -49,8 +49,9 @@ def test_all_ranks_do_the_same(ranks: list[Seen], name: str) -> None:
     assert one["finite"]
 
 
-def test_what_is_decided_on_is_the_mean(ranks: list[Seen]) -> None:
-    one, other = (rank["ordinary"] for rank in ranks)
+@pytest.mark.parametrize("name", ["ordinary", "held", "compiled"])
+def test_what_is_decided_on_is_the_mean(ranks: list[Seen], name: str) -> None:
+    one, other = (rank[name] for rank in ranks)
     for epoch in range(1, 8):
         mean = (one["told"][epoch - 1] + other["told"][epoch - 1]) / 2
         assert one["history"][epoch]["signals"]["train_loss"] == pytest.approx(mean)
@@ -62,6 +63,17 @@ def test_the_batch_size_is_that_of_all_ranks(ranks: list[Seen]) -> None:
     assert len(set(sizes)) > 1
     for rank in ranks:
         assert rank["moving"]["rows"] == [rows for size in sizes for rows in batches(SHARE, size // 2)]
+
+
+@pytest.mark.parametrize("name", ["held", "compiled"])
+def test_a_batch_size_that_stays_is_that_of_all_ranks(ranks: list[Seen], name: str) -> None:
+    assert [rank[name]["final"]["batch_size"] for rank in ranks] == [64, 64]  # 32 on each
+
+
+def test_told_once_when_no_model_is_distributed(ranks: list[Seen]) -> None:
+    message = "2 processes, but no DistributedDataParallel in the model"
+    for rank in ranks:
+        assert [sum(message in line for line in lines) for lines in rank["warned"]] == [0, 1, 1, 1]
 
 
 def test_the_guard_acts_on_every_rank(ranks: list[Seen]) -> None:

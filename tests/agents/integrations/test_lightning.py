@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, TensorDataset
 
 from agents import ControlPolicy, Tuner
 from agents.policy import PolicyHeader
@@ -43,6 +43,27 @@ class Shuffled(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         yield from torch.randperm(ROWS, generator=torch.Generator().manual_seed(self.epoch)).tolist()
 
+    def __len__(self) -> int:
+        return ROWS
+
+
+class Endless(Shuffled):
+    """An order that never ends, and has no length."""
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield from super().__iter__()
+
+    def __len__(self) -> int:
+        raise TypeError
+
+
+class Stream(IterableDataset[tuple[Tensor, ...]]):
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return zip(DIGITS.train.inputs[:ROWS], DIGITS.train.targets[:ROWS], strict=True)
+
+
+class SizedStream(Stream):
     def __len__(self) -> int:
         return ROWS
 
@@ -205,6 +226,57 @@ class TestRuns:
         assert [sum(sizes) for sizes in module.sizes] == [96] * EPOCHS
         assert module.sizes[0][0] != 32
         assert module.validations == [epoch for epoch in range(EPOCHS) for _ in range(2)]
+        assert callback.tuner.trajectory.examples_per_epoch == 96
+
+    @pytest.mark.parametrize("data", [Stream, SizedStream])
+    @pytest.mark.parametrize("workers", [0, 1])
+    @pytest.mark.parametrize("change", [-1.0, 1.0])
+    def test_a_stream_follows_and_is_read_whole(self, data: type[Stream], workers: int, change: float) -> None:
+        """Whether or not its length is known."""
+        callback, module = TunerCallback("val_loss", policy=constant_policy(batch_size=change)), Module()
+        trainer(callback).fit(module, DataLoader(data(), batch_size=50, num_workers=workers), val_loader())
+        assert [sizes[0] for sizes in module.sizes] == decided(callback)
+        assert (module.sizes[-1][0] > 50) == (change > 0)
+        assert [sum(sizes) for sizes in module.sizes] == [ROWS] * EPOCHS
+        assert module.validations == list(range(EPOCHS))
+        assert callback.tuner.trajectory.examples_per_epoch == (ROWS if data is SizedStream else None)
+
+    @pytest.mark.parametrize(
+        "loader",
+        [DataLoader(Stream(), batch_size=32), DataLoader(train_loader().dataset, batch_size=32, sampler=Endless())],
+        ids=["stream", "endless sampler"],
+    )
+    def test_a_number_of_batches_is_kept_where_nothing_else_is_known(self, loader: DataLoader[Any]) -> None:
+        callback, module = TunerCallback("val_loss", policy=constant_policy(batch_size=-1.0)), Module()
+        trainer(callback, limit_train_batches=3).fit(module, loader, val_loader())
+        assert module.sizes == [[size] * 3 for size in decided(callback)]
+        assert module.sizes[0][0] != 32
+        assert module.validations == list(range(EPOCHS))
+
+    def test_a_share_of_a_stream_stays_that_share(self) -> None:
+        callback, module = TunerCallback("val_loss", policy=constant_policy(batch_size=-1.0)), Module()
+        loader = DataLoader(SizedStream(), batch_size=32)
+        trainer(callback, limit_train_batches=3).fit(module, loader, val_loader())
+        assert [sum(sizes) for sizes in module.sizes] == [96] * EPOCHS
+        assert module.sizes[0][0] != 32
+        assert callback.tuner.trajectory.examples_per_epoch == 96
+
+    def test_batches_that_come_ready_stay_as_they_are(self) -> None:
+        batches = list(train_loader())
+        callback, module = TunerCallback("val_loss", policy=random_policy()), Module()
+        trainer(callback, limit_train_batches=3).fit(module, DataLoader(batches, batch_size=None), val_loader())  # type: ignore[arg-type]
+        assert module.sizes == [[32] * 3] * EPOCHS
+        assert callback.tuner.trajectory.examples_per_epoch is None
+
+    def test_a_share_is_told_where_the_batch_size_stays(self) -> None:
+        class Own(BatchSampler):
+            def __iter__(self) -> Iterator[list[int]]:
+                yield from super().__iter__()
+
+        callback, module = TunerCallback("val_loss", policy=random_policy()), Module()
+        loader = DataLoader(train_loader().dataset, batch_sampler=Own(Shuffled(), 32, False))
+        trainer(callback, limit_train_batches=3).fit(module, loader, val_loader())
+        assert module.sizes == [[32] * 3] * EPOCHS
         assert callback.tuner.trajectory.examples_per_epoch == 96
 
     def test_several_loaders_keep_their_batch_size(self, caplog: pytest.LogCaptureFixture) -> None:

@@ -222,16 +222,16 @@ def test_a_sampler_without_room_for_the_batch_size_is_no_other_hand(caplog: pyte
     assert "scheduler" not in caplog.text
 
 
-class SizedStream(IterableDataset[Any]):
+class ShortStream(IterableDataset[torch.Tensor]):
     def __len__(self) -> int:
         return 40
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(torch.arange(40.0))
 
 
 def test_a_stream_that_drops_its_last_batch_does_not_drop_all() -> None:
-    loader = DataLoader(SizedStream(), batch_size=16, drop_last=True)
+    loader = DataLoader(ShortStream(), batch_size=16, drop_last=True)
     tuner = attached(loader)
     for epoch in range(4):
         assert sum(map(len, loader)) > 0

@@ -71,7 +71,6 @@ class GradientMeter:
         self._began = self._sample
         self._began.start()
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def finish(self) -> dict[str, float]:
         """Return the interval's `grad_norm`, `grad_norm_std`, `grad_cosine` and `update_ratio`, and start the next."""

@@ -13,6 +13,7 @@ from inner_models.names import unknown
 
 from ..arguments import OptionalArguments, check_names
 from ..optional import require
+from ..policy import ControlPolicy
 from ..state_file import load_state, save_state
 from ..tuner import Tuner, pretrained_path
 
@@ -105,8 +106,8 @@ class TunerCallback(TrainerCallback):
         controls, schedule = self._arguments.get("controls"), kwargs["lr_scheduler"]
         moved = controls is None or "lr" in controls
         self._schedule = _set_aside(schedule, args.lr_scheduler_type) if moved else None
-        self.tuner = _Tuner.load(
-            self._policy,
+        self.tuner = _Tuner(
+            ControlPolicy.load(self._policy),
             kwargs["optimizer"],
             model=kwargs["model"],
             total_epochs=intervals,

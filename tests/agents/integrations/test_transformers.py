@@ -22,7 +22,8 @@ pytest.importorskip("transformers")
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from agents.integrations.transformers import FILE, TunerCallback
+from agents import Tuner
+from agents.integrations.transformers import FILE, TunerCallback, _Tuner
 
 ROWS, BATCH = 44, 8
 """The last of six batches is not full."""
@@ -435,3 +436,15 @@ def test_an_argument_that_the_tuner_does_not_have() -> None:
     """At once, not when training starts."""
     with pytest.raises(TypeError, match="unknown argument 'controlls'; did you mean 'controls'"):
         TunerCallback(controlls=["lr"])  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("kind", [Tuner, _Tuner])
+def test_the_trainer_gathers_the_losses(
+    kind: type[Tuner], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its callbacks see the bare model, on which a tuner of one's own warns that losses are not averaged."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    model = torch.nn.Linear(2, 2)
+    kind(constant_policy(), torch.optim.AdamW(model.parameters()), model=model, total_epochs=3)
+    assert ("2 processes" in caplog.text) == (kind is Tuner)

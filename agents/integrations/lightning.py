@@ -203,10 +203,11 @@ class TunerCallback(pl.Callback):
             return
         loop.max_batches = max(1, round(self._share * batches))
         loop._combined_loader.limits = [loop.max_batches]
-        if isinstance(trainer.val_check_interval, float):
-            trainer.val_check_batch = max(1, int(loop.max_batches * trainer.val_check_interval))
-        elif trainer.check_val_every_n_epoch is not None:
-            trainer.val_check_batch = min(trainer.val_check_interval, loop.max_batches)
+        interval = getattr(trainer, "val_check_interval", None)  # there is none where it is a time
+        if isinstance(interval, float):
+            trainer.val_check_batch = max(1, int(loop.max_batches * interval))
+        elif interval is not None and trainer.check_val_every_n_epoch is not None:
+            trainer.val_check_batch = min(interval, loop.max_batches)
 
 
 def _only_loader(trainer: pl.Trainer) -> Loader | None:

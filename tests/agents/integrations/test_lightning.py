@@ -228,6 +228,12 @@ class TestRuns:
         assert module.validations == [epoch for epoch in range(EPOCHS) for _ in range(2)]
         assert callback.tuner.trajectory.examples_per_epoch == 96
 
+    def test_validation_by_the_clock_leaves_the_batches_to_the_tuner(self) -> None:
+        callback = TunerCallback("val_loss", policy=constant_policy(batch_size=-1.0))
+        module = fit(callback, val_check_interval="00:01:00:00")
+        assert [sum(sizes) for sizes in module.sizes] == [ROWS] * EPOCHS
+        assert module.sizes[0][0] != 32
+
     @pytest.mark.parametrize("data", [Stream, SizedStream])
     @pytest.mark.parametrize("workers", [0, 1])
     @pytest.mark.parametrize("change", [-1.0, 1.0])

@@ -30,7 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from hpo_env.base_schedules import calibrated_rule
 from hpo_env.control import MAX_DECISIONS
 from hpo_env.env import Variation
-from hpo_env.hyperparameters import CONTROLS, Array
+from hpo_env.hyperparameters import CONTROLS, Array, finite_positive
 from hpo_env.observations import FEATURES
 from hpo_env.rewards import leave_one_out
 from hpo_env.vector_env import HPOVectorEnv
@@ -74,6 +74,10 @@ class Settings:
         for name in ("episodes", "replicas"):
             if (value := getattr(self, name)) < 2:
                 raise ValueError(f"{name} must be at least 2, not {value}: only others say what a run is worth")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+        for name in ("learning_rate", "clip", "kl", "noise"):
+            finite_positive(name, getattr(self, name))
 
     @property
     def cohort(self) -> int:

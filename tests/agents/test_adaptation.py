@@ -257,3 +257,11 @@ def test_what_cannot_be_adapted(policy: ControlPolicy, tmp_path: Path) -> None:
     adapt(policy, TASK, tmp_path / "c", FEW)
     with pytest.raises(FileExistsError, match="already holds"):
         adapt(policy, TASK, tmp_path / "c", FEW)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 0), ("learning_rate", -1.0), ("clip", 0.0), ("kl", 0.0), ("noise", 0.0)]
+)
+def test_settings_of_no_use(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be .*{value}"):
+        Settings(**{name: value})  # type: ignore[arg-type]

@@ -76,7 +76,9 @@ class Settings:
                 raise ValueError(f"{name} must be at least 2, not {value}: only others say what a run is worth")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
-        for name in ("learning_rate", "clip", "kl", "noise"):
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be 0 or a positive number, not {self.learning_rate}")
+        for name in ("clip", "kl", "noise"):
             finite_positive(name, getattr(self, name))
 
     @property

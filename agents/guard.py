@@ -19,7 +19,7 @@ class Guard:
     """Keeps one copy of the model's and the optimizer's state, the run's best, in main memory."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, notices: Notices, *, lowers_lr: bool = True
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, notices: Notices, *, lowers_lr: bool
     ) -> None:
         self._model, self._optimizer, self._notices = model, optimizer, notices
         self._then = " and lowered lr to a quarter" if lowers_lr else ""

@@ -96,7 +96,7 @@ class Replay:
         undone = [(epoch + 1) / trajectory.total_epochs for epoch, what in enumerate(trajectory.guard[:-1]) if what]
         self._recorded, self._undone = undone, 0
         self._settings = {"total_epochs": self.total_epochs, "trajectory": self._digest()}
-        self._guard = Guard(model, optimizer, self._notices) if guard and model is not None else None
+        self._guard = self._made_guard() if guard and model is not None else None
         self._apply()
 
     @classmethod
@@ -175,8 +175,8 @@ class Replay:
         own = self._binding.shares
         table({name: shares_of(name, len(shares)) for name, shares in own.items()})("its shares", state["shares"])
         guard = None
-        if self._guard and self._model is not None:
-            guard = Guard(self._model, self._optimizer, self._notices)  # of the weights just loaded
+        if self._guard:
+            guard = self._made_guard()  # of the weights just loaded
             if state["guard"]:
                 guard.load_state_dict(state["guard"])
         if self._batch_size:
@@ -185,6 +185,10 @@ class Replay:
         self._guard, self.epoch, self._undone = guard, state["epoch"], state["undone"]
         self._binding.shares = copy.deepcopy(state["shares"])
         self._apply()
+
+    def _made_guard(self) -> Guard:
+        assert self._model is not None
+        return Guard(self._model, self._optimizer, self._notices, lowers_lr="lr" in self._values)
 
     def _digest(self) -> str:
         return hashlib.sha256(json.dumps([self._values, self._recorded]).encode()).hexdigest()

@@ -430,6 +430,20 @@ def test_a_scheduler_that_begins_at_zero_leaves_the_groups_their_ratio() -> None
     assert low == pytest.approx(high / 10)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.Muon])
+def test_decoupled_decay_is_moved(kind: Any) -> None:
+    optimizer = kind([nn.Parameter(torch.ones(3, 3))], weight_decay=0.1)
+    assert "weight_decay" in Tuner(constant_policy(weight_decay=1.0), optimizer, total_epochs=3).hyperparameters
+    assert optimizer.param_groups[0]["weight_decay"] != 0.1
+
+
+def test_a_rate_that_the_optimizer_lacks() -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(3))])
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(ValueError, match="lr of a parameter group must be a finite number, not None"):
+        Tuner(random_policy(), optimizer, total_epochs=3)
+
+
 def test_an_optimizer_that_accelerate_prepared() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = nn.Linear(3, 2)

@@ -31,7 +31,7 @@ from hpo_env.base_schedules import calibrated_rule
 from hpo_env.control import MAX_DECISIONS
 from hpo_env.env import Variation
 from hpo_env.hyperparameters import CONTROLS, Array, finite_positive
-from hpo_env.observations import FEATURES
+from hpo_env.observations import FEATURES, counted
 from hpo_env.rewards import leave_one_out
 from hpo_env.vector_env import HPOVectorEnv
 from inner_models.tasks import Task
@@ -281,7 +281,9 @@ def _widened(policy: ControlPolicy, cohort: Cohort, horizon: int) -> PolicyHeade
     ranges = dict(policy.header.trained_ranges)
     unseen = blind(policy)
     seen = cohort.observations[cohort.under_way]
-    low, high = seen.min(axis=0).tolist(), seen.max(axis=0).tolist()
+    known = counted(seen)
+    low = seen.min(axis=0, where=known, initial=np.inf).tolist()
+    high = seen.max(axis=0, where=known, initial=-np.inf).tolist()
     found = {**dict(zip(_NAMES, zip(low, high, strict=True), strict=True)), "horizons": (horizon,) * 2}
     for name in ranges.keys() - set(unseen):
         ranges[name] = (min(ranges[name][0], found[name][0]), max(ranges[name][1], found[name][1]))

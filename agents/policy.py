@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hpo_env.hyperparameters import CONTROLS
-from hpo_env.observations import FEATURES
+from hpo_env.observations import FEATURES, counted
 
 from . import policy_file
 from .files import write_atomically
@@ -133,14 +133,16 @@ class ControlPolicy(nn.Module):
 
     def out_of_depth(self, observation: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Which runs look unlike any of the meta-training, `[runs]`: a feature lies farther outside of the range that
-        was seen there than that range is wide. What never varied there does not count: policies are blind to it.
+        was seen there than that range is wide. What never varied there does not count: policies are blind to it. Nor
+        does a number of examples that is not known.
 
         Args:
             observation: `[runs, features]`.
         """
         known, lowest, highest = self.header.limits
         seen = observation[:, known]
-        return np.asarray(((seen < lowest) | (seen > highest)).any(axis=1))
+        outside = (seen < lowest) | (seen > highest)
+        return np.asarray((outside & counted(observation)[:, known]).any(axis=1))
 
     @property
     def digest(self) -> str:

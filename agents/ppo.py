@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hpo_env.base_schedules import REGULARIZERS, calibrated_rule
 from hpo_env.hyperparameters import CONTROLS
-from hpo_env.observations import FEATURES
+from hpo_env.observations import FEATURES, counted
 from inner_models.splits import datasets_of
 
 from .board import ABOUT, BEST_LOG_RATIO, META_TRAINING_TAGS, TRAINING_HPARAMS, about, write_hparams
@@ -151,7 +151,7 @@ def _rewind(folder: Path, events: Mapping[str, int]) -> None:
 
 def build(config: MetaTrainingConfig, env: RolloutWorkers) -> RolloutPPO:
     """The model to meta-train, untrained."""
-    return RolloutPPO(
+    model = RolloutPPO(
         "MlpPolicy",
         env,
         n_steps=config.rollout_steps,
@@ -166,6 +166,8 @@ def build(config: MetaTrainingConfig, env: RolloutWorkers) -> RolloutPPO:
         device="cpu",
         seed=None,
     )
+    model.counted = counted
+    return model
 
 
 def export(model: RolloutPPO, header: PolicyHeader) -> ControlPolicy:

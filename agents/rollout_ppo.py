@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 
-from .rollouts import Actor, RolloutWorkers
+from .rollouts import Actor, Batch, RolloutWorkers
 
 _EPSILON = 1e-8
 _MOMENTS, _EXTREMES = ("mean", "var", "count"), ("observation_low", "observation_high")
@@ -27,13 +28,17 @@ class RolloutPPO(PPO):
     Attributes:
         obs_rms: running mean and variance of the raw observations, `[features]` each.
         observation_low, observation_high: smallest and largest raw observation, `[features]` each.
+        counted: which entries of raw observations `[runs, features]` these two are of; all, unless it is replaced.
     """
+
+    counted: Callable[[Batch], NDArray[np.bool_]]
 
     def _setup_model(self) -> None:
         super()._setup_model()
         self.obs_rms = RunningMeanStd(shape=self.observation_space.shape or ())
         self.observation_low = np.full(self.observation_space.shape or (), np.inf, np.float32)
         self.observation_high = -self.observation_low
+        self.counted = lambda raw: np.ones(raw.shape, bool)
 
     @property
     def actor(self) -> Actor:
@@ -70,8 +75,9 @@ class RolloutPPO(PPO):
         rollout_buffer.compute_returns_and_advantage(last_values, starts)
         raw = np.concatenate(seen)
         self.obs_rms.update(raw.astype(np.float64))
-        self.observation_low = np.minimum(self.observation_low, raw.min(axis=0))
-        self.observation_high = np.maximum(self.observation_high, raw.max(axis=0))
+        counted = self.counted(raw)
+        self.observation_low = np.minimum(self.observation_low, raw.min(axis=0, where=counted, initial=np.inf))
+        self.observation_high = np.maximum(self.observation_high, raw.max(axis=0, where=counted, initial=-np.inf))
         callback.on_rollout_end()
         return True
 

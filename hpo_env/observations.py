@@ -199,6 +199,18 @@ LOW = np.array([feature.low for feature in FEATURES], np.float32)
 HIGH = np.array([feature.high for feature in FEATURES], np.float32)
 
 
+_NAMES = [feature.name for feature in FEATURES]
+_EXAMPLES, _EXAMPLES_KNOWN = _NAMES.index("examples"), _NAMES.index("examples_known")
+
+
+def counted(observations: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which entries of observations `[..., len(FEATURES)]` count when it is asked what is usual: all but a number of
+    examples that is not known, whose 0 is far from every known one."""
+    result = np.ones(observations.shape, bool)
+    result[..., _EXAMPLES] = observations[..., _EXAMPLES_KNOWN] != 0
+    return result
+
+
 def features_of(controls: Collection[str]) -> tuple[str, ...]:
     """Names of the features of runs that have no other controls than these, in the order of `FEATURES`."""
     return tuple(feature.name for feature in FEATURES if feature.control is None or feature.control in controls)

@@ -434,6 +434,16 @@ def test_what_never_varied_does_not_count() -> None:
     assert knowing(parameters=(0.5, 0.51)).out_of_depth(seen(parameters=0.9)).tolist() == [True]
 
 
+@pytest.mark.parametrize(
+    ("examples", "lost"),
+    [({}, False), ({"examples": 0.2}, True), ({"examples": 0.41}, False), ({"examples": 0.9}, True)],
+)
+def test_examples_count_where_they_are_known(examples: dict[str, float], lost: bool) -> None:
+    """Their 0 says that they are not, and is far outside of what was."""
+    policy = knowing(examples=(0.5, 0.6))
+    assert policy.out_of_depth(seen(**examples, examples_known=bool(examples))).tolist() == [lost]
+
+
 def test_each_run_is_looked_at_by_itself() -> None:
     policy = knowing(progress=(0.0, 1.0), horizons=(8, 64), val_change_1=(-0.1, 0.1))
     rows = np.concatenate([seen(), seen(progress=1.0), seen(val_change_1=1.0), seen(train_change_1=2.0)])

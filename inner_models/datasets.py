@@ -15,7 +15,7 @@ import importlib.util
 import os
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -79,10 +79,6 @@ class Dataset:
     train: Split
     val: Split
     test: Split | None  # None where the test split must be out of reach
-
-    def without_test(self) -> Dataset:
-        """The same set for those who must not see its test rows."""
-        return replace(self, test=None)
 
 
 @dataclass(frozen=True)

@@ -224,14 +224,6 @@ def test_loading_twice_gives_the_same_object() -> None:
     assert load_dataset("iris") is load_dataset("iris", seed=0)
 
 
-def test_without_test() -> None:
-    dataset = load_dataset("wine")
-    hidden = dataset.without_test()
-    assert hidden.test is None
-    assert hidden.train is dataset.train
-    assert dataset.test is not None
-
-
 def test_sets_that_share_rows_are_documented() -> None:
     """digits lies inside optdigits, so no meta-split may separate the two."""
     assert frozenset({"digits", "optdigits"}) in datasets.SHARED_ROWS

@@ -130,6 +130,8 @@ class Attached:
         has = set(cohort.hyperparameters) & set(method.policy.header.controls)
         self._moved = [name for name in method.controls if name in has]
         lacking = {name: 0.0 for name in CONTROLS if name not in self._moved}
+        if "batch_size" in lacking:
+            lacking["batch_size"] = self._base.batch_size
         known = {"val_loss": cohort.initial_loss} if method.initial_loss else {}
         examples = np.full(cohort.runs, float(cohort.examples) if method.examples else np.nan)
         self._loop.restart(range(cohort.runs), known, examples=examples, fixed=[lacking] * cohort.runs)

@@ -157,6 +157,8 @@ class Tuner:
         self._controls = moved = chosen(controls, known_controls)
         warn_of_misfits(policy, optimizer, total_epochs, start, moved)
         lacking = {name: 0.0 for name in CONTROLS if name not in moved}
+        if self._batch_size and "batch_size" in lacking:
+            lacking["batch_size"] = float(self._batch_size.batch_size)
         self._loop.restart([0], {name: np.array([value]) for name, value in known.items()}, fixed=[lacking])
         self._settings: dict[str, Any] = {"total_epochs": total_epochs, "start": start, "max_factor": max_factor}
         self._settings["controls"] = ", ".join(moved)
@@ -239,6 +241,8 @@ class Tuner:
         batch = self._batch_size.batch_size if self._batch_size else ASSUMED_BATCH * self._batches
         if self._meter.steps and not self._loop.knows_examples:
             self._loop.tell_examples(float(self._meter.steps * batch * self.total_epochs))
+        if self._meter.steps and self._examples is not None:
+            self._loop.tell_batch_size(self._examples / self._meter.steps)
         measured = {**averaged(self._meter.finish(), self._model), **losses}
         interval = self._intervals.finish_epoch({name: np.array([value]) for name, value in measured.items()})
         self._write({name: value for name, value in measured.items() if not math.isnan(value)}, used)

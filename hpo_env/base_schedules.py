@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpo_env.hyperparameters import CONTROLS, Array, finite_positive
 
@@ -131,6 +132,21 @@ class BaseRule:
             intercept, examples, parameters = (float(number) for number in row)
             rows[str(name)] = (intercept, examples, parameters)
         return cls(rows, float(warmup))
+
+
+def lr_factor(batch_size: Array, usual: Array, momentum_sgd: NDArray[np.bool_]) -> Array:
+    """By how much the learning rate follows a batch size that stays at another value than the base's: the ratio's root
+    with an adaptive optimizer (Malladi et al. 2022, arXiv:2205.10287), the ratio with SGD (Goyal et al. 2017,
+    arXiv:1706.02677); no further than batch sizes are moved.
+
+    Args:
+        batch_size: rows of an optimizer step, `[runs]`; NaN where it does not stay, or is not known.
+        usual: the base's, `[runs]`.
+        momentum_sgd: `[runs]`.
+    """
+    low, high = CONTROLS["batch_size"].low, CONTROLS["batch_size"].high
+    ratio = np.clip(np.where(np.isnan(batch_size), usual, batch_size), low, high) / np.clip(usual, low, high)
+    return np.asarray(np.where(momentum_sgd, ratio, np.sqrt(ratio)))
 
 
 CALIBRATION_FILE = "base_schedule.json"

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpo_env.actions import apply_offsets, limits, move
-from hpo_env.base_schedules import BaseRule, BaseSchedule, shape
+from hpo_env.base_schedules import BaseRule, BaseSchedule, lr_factor, shape
 from hpo_env.hyperparameters import CONTROLS, SCALES, Array, by_name, in_columns
 from hpo_env.observations import RunState, observe
 from hpo_env.telemetry import Telemetry, combined
 from inner_models.signals import SIGNALS
 
 _INDEX = {name: index for index, name in enumerate(CONTROLS)}
+_LR, _BATCH = _INDEX["lr"], _INDEX["batch_size"]
 
 
 _LARGEST = 1e9
@@ -32,6 +33,7 @@ _PLAUSIBLE: dict[str, Callable[[Tensor], Tensor]] = {
     "actions": lambda x: x.abs() <= 1,
     "values": lambda x: torch.isfinite(x) & (x >= 0),
     "examples": lambda x: torch.isnan(x) | (x > 0),
+    "batch_size": lambda x: torch.isnan(x) | (x > 0),
     "shifts": torch.isfinite,
     "lr_scale": lambda x: (x >= 0) & (x <= 1),
     "interval": lambda x: x >= 0,
@@ -149,6 +151,7 @@ class ControlLoop:
         self._shifts = np.zeros(size)
         self._lr_scale = np.ones(runs)
         self._fixed = np.full(size, np.nan)
+        self._batch_size = np.full(runs, np.nan)
         self._rebase()
 
     def restart(
@@ -165,7 +168,8 @@ class ControlLoop:
         Args:
             initial: signals known before training, `[len(runs)]` each.
             examples: training examples of the whole run, `[len(runs)]`; NaN where not known.
-            fixed: for each run, the controls that it does not have and the values they stand at.
+            fixed: for each run, the controls that it does not have and the values they stand at; 0 for a batch size
+                that is not known.
             shifts: `[len(runs), controls]`, by how much the base schedule is off, in scale units.
         """
         rows, state = np.asarray(runs, np.int64), self.state
@@ -179,6 +183,7 @@ class ControlLoop:
             for name, value in names.items():
                 self._fixed[row, _INDEX[name]] = value
         state.available[rows] = np.isnan(self._fixed[rows])
+        self._batch_size[rows] = np.where(self._fixed[rows, _BATCH] > 0, self._fixed[rows, _BATCH], np.nan)
         in_use = state.values
         self._rebase()
         others = np.setdiff1d(np.arange(len(in_use)), rows)
@@ -201,6 +206,13 @@ class ControlLoop:
         self.state.examples[unknown] = examples
         self._rebase()
         return True
+
+    def tell_batch_size(self, batch_size: float) -> None:
+        """The rows of an optimizer step, for the runs where they stay and were not known: their base follows."""
+        unknown = np.isnan(self._batch_size) & ~self.state.available[:, _BATCH]
+        if unknown.any():
+            self._batch_size[unknown] = batch_size
+            self._rebase()
 
     def observe(self) -> NDArray[np.float32]:
         """Observations, `[runs, features]`."""
@@ -250,6 +262,7 @@ class ControlLoop:
             "actions": self.state.actions,
             "values": self.state.values,
             "examples": self.state.examples,
+            "batch_size": self._batch_size,
             "shifts": self._shifts,
             "lr_scale": self._lr_scale,
             "interval": self.state.telemetry.interval,
@@ -287,6 +300,7 @@ class ControlLoop:
         self.given = given
         self.state.offsets, self.state.actions = arrays["offsets"], arrays["actions"]
         self.state.examples, self._shifts = arrays["examples"], arrays["shifts"]
+        self._batch_size = arrays["batch_size"]
         self._lr_scale = arrays["lr_scale"]
         self.state.telemetry.load(arrays["interval"], {name: arrays[f"history/{name}"] for name in SIGNALS})
         self._rebase()
@@ -309,6 +323,8 @@ class ControlLoop:
     def _rebase(self) -> None:
         """Set the base values, the learning rate at its peak, and how far they are from the rule's."""
         rule = in_columns(self.rule.peaks(self.state.examples, self.state.parameters))
+        factor = lr_factor(self._batch_size, rule[:, _BATCH], self.state.momentum_sgd)
+        rule[:, _LR] = np.minimum(rule[:, _LR] * factor, CONTROLS["lr"].high)
         base = rule if self.given is None else np.array([[getattr(self.given, name) for name in CONTROLS]])
         self._base = apply_offsets(np.broadcast_to(base, rule.shape), self._shifts)
         self._away = SCALES.to_scale(self._base) - SCALES.to_scale(rule)
@@ -324,7 +340,7 @@ class ControlLoop:
             at = np.full(len(state.offsets), progress)
         state.distances = state.offsets + self._away
         base = self._base.copy()
-        base[:, _INDEX["lr"]] *= self._lr_scale * shape(at, (self.given or self.rule).warmup)
+        base[:, _LR] *= self._lr_scale * shape(at, (self.given or self.rule).warmup)
         offsets = np.array([state.offsets, state.offsets if before is None else before])
         moved = apply_offsets(base, offsets, self._max_factor)
         state.values, self._without_action = np.where(state.available, moved, self._fixed)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from agents import ControlPolicy, Tuner
 from hpo_env.base_schedules import REGULARIZERS, BaseRule
@@ -167,7 +168,8 @@ def test_the_guard_does_not_wait_for_a_decision(diverging_at: int) -> None:
             assert equal(run.weights(), best)
         best = run.weights()
         lowered = 0.25 if epoch >= diverging_at else 1.0
-        assert values["lr"] == pytest.approx(lowered * BASE["adamw"].lr * warmup_cosine(epoch + 1, LONG))
+        follows = math.sqrt(32 / BASE["adamw"].batch_size)  # the run's batches, known after an epoch
+        assert values["lr"] == pytest.approx(lowered * follows * BASE["adamw"].lr * warmup_cosine(epoch + 1, LONG))
         assert run.settings()[0][0] == values["lr"]
 
 
@@ -370,7 +372,43 @@ def test_a_length_that_was_told_stands() -> None:
     tuner = Tuner(staying(), run.optimizer, model=run.model, total_epochs=6, examples_per_epoch=5 * ROWS)
     run.epoch(0)
     tuner.step(train_loss=1.0, val_loss=1.0)
-    assert tuner.hyperparameters["lr"] == pytest.approx(base_of(run, 5 * ROWS * 6, 1, 6)["lr"], rel=1e-12)
+    base = base_of(run, 5 * ROWS * 6, 1, 6)
+    follows = math.sqrt(5 * ROWS / 6 / base["batch_size"])  # rows of one of the six steps, by what was told
+    assert tuner.hyperparameters["lr"] == pytest.approx(follows * base["lr"], rel=1e-12)
+
+
+@pytest.mark.parametrize("told", ["a loader", "a batch size", "nothing"])
+def test_the_learning_rate_follows_a_batch_size_that_stays(told: str) -> None:
+    """From the first decision on, where it is known, or from the first epoch on."""
+    run, controls = Loop(), ["lr", "weight_decay"]
+    arguments: dict[str, Any] = {"total_epochs": 6, "examples_per_epoch": ROWS, "controls": controls}
+    if told == "a loader":
+        arguments["loader"] = DataLoader(TensorDataset(torch.arange(ROWS)), batch_size=64)
+    elif told == "a batch size":
+        arguments["batch_size"] = 64
+    tuner = Tuner(staying(), run.optimizer, model=run.model, **arguments)
+    follows = math.sqrt(64 / base_of(run, ROWS * 6, 0, 6)["batch_size"])
+    for epoch in range(3):
+        at_start = 1.0 if told == "nothing" and not epoch else follows
+        assert tuner.hyperparameters["lr"] == pytest.approx(at_start * base_of(run, ROWS * 6, epoch, 6)["lr"])
+        run.epoch(epoch, 64 if epoch == 0 else 8)  # what is known by then stands
+        tuner.step(train_loss=1.0, val_loss=1.0)
+
+
+def test_a_batch_size_that_was_learnt_survives_a_checkpoint() -> None:
+    run = Loop()
+    arguments: dict[str, Any] = {"model": run.model, "total_epochs": 6, "examples_per_epoch": ROWS}
+    tuner = Tuner(staying(), run.optimizer, **arguments)
+    run.epoch(0, 64)
+    tuner.step(train_loss=1.0, val_loss=1.0)
+    state = through_a_file(tuner.state_dict())
+    tuner.close()
+    other = Tuner(staying(), run.optimizer, **arguments)
+    other.load_state_dict(state)
+    run.epoch(1, 16)
+    assert other.step(train_loss=1.0, val_loss=1.0)["lr"] == pytest.approx(
+        math.sqrt(64 / base_of(run, ROWS * 6, 2, 6)["batch_size"]) * base_of(run, ROWS * 6, 2, 6)["lr"]
+    )
 
 
 def test_what_is_given_does_not_depend_on_the_length() -> None:

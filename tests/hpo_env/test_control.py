@@ -112,6 +112,43 @@ def test_fixed_controls_do_not_move() -> None:
     assert values["lr"][0] == values["lr"][1]
 
 
+@pytest.mark.parametrize(
+    ("sgd", "stays", "factor"),
+    [
+        (False, {}, 1),  # the policy moves it
+        (False, {"batch_size": 0.0}, 1),  # it is not known
+        (False, {"batch_size": 32.0}, 1),
+        (False, {"batch_size": 128.0}, 2),
+        (False, {"batch_size": 8192.0}, math.sqrt(8)),
+        (False, {"batch_size": 1.0}, math.sqrt(0.5)),
+        (True, {"batch_size": 128.0}, 4),
+        (True, {"batch_size": 8192.0}, 8),
+        (True, {"batch_size": 0.0}, 1),
+    ],
+)
+def test_the_learning_rate_follows_a_batch_size_that_stays(sgd: bool, stays: dict[str, float], factor: float) -> None:
+    """Its root, with SGD itself, to the base's 32; and where it is learnt later, from then on."""
+    known, late = (ControlLoop(2, horizon=10, rule=flat(BASE), parameters=3000, momentum_sgd=sgd) for _ in range(2))
+    known.restart([0, 1], fixed=[stays, {}])
+    expected = BASE.values(np.array([0.05]))["lr"].item()
+    assert known.decide(np.zeros((2, len(CONTROLS))))["lr"] == pytest.approx([factor * expected, expected])
+    late.restart([0, 1], fixed=[dict.fromkeys(stays, 0.0), {}])
+    late.tell_batch_size(stays.get("batch_size") or 32.0)
+    late.tell_batch_size(16.0)  # it is known by now
+    late.decide(np.zeros((2, len(CONTROLS))))
+    assert late.values()["lr"].tolist() == known.values()["lr"].tolist()
+    np.testing.assert_array_equal(late.observe(), known.observe())
+
+
+def test_what_is_given_does_not_follow_the_batch_size() -> None:
+    """It is the user's own, for that batch size; its distance is from what the rule says there."""
+    loop = make_loop(rule=flat(BASE), given=BASE)
+    loop.restart([0], fixed=[{"batch_size": 128.0}])
+    assert loop.decide(STAY)["lr"] == BASE.values(np.array([0.05]))["lr"]
+    distance = loop.observe()[0, INDEX["lr_offset"]]
+    assert distance == pytest.approx(-math.log(2) / RANGES["lr"].limit)
+
+
 def test_restart_concerns_its_runs_only() -> None:
     loop = make_loop(3, given=BASE)
     loop.decide(np.ones((3, len(CONTROLS))))
@@ -373,14 +410,20 @@ def test_a_lowered_learning_rate_is_lowered_at_the_base_too() -> None:
 def test_a_loop_goes_on_from_its_state() -> None:
     rng = np.random.default_rng(0)
     loops = [make_loop(2), make_loop(2)]
+    for loop in loops:
+        loop.restart([0, 1], fixed=[{}, {"batch_size": 0.0}])
     loops[0].restart(
-        [0, 1], {"val_loss": np.array([2.0, 3.0])}, shifts=np.array([[1.0, 0.0, -1.0, 0.5, 1.0, -1.0], [0.0] * 6])
+        [0, 1],
+        {"val_loss": np.array([2.0, 3.0])},
+        shifts=np.array([[1.0, 0.0, -1.0, 0.5, 1.0, -1.0], [0.0] * 6]),
+        fixed=[{}, {"batch_size": 0.0}],
     )
     for _ in range(3):
         loops[0].decide(rng.uniform(-1, 1, (2, len(CONTROLS))))
         loops[0].record({"val_loss": rng.uniform(1, 2, 2), "train_loss": rng.uniform(1, 2, 2)})
     loops[0].tell_examples(4e4)
     loops[0].scale_lr(1, 0.25)
+    loops[0].tell_batch_size(200.0)
     loops[0].values_at(0.33)
     loops[1].load_state_dict(through_a_file(loops[0].state_dict()))
     for _ in range(3):
@@ -421,6 +464,7 @@ def test_a_run_that_has_outlasted_its_length_goes_on_from_its_state() -> None:
         ("shifts", torch.full((1, 6), math.inf, dtype=torch.float64)),
         ("lr_scale", torch.full((1,), 2.0, dtype=torch.float64)),
         ("examples", torch.full((1,), -5.0, dtype=torch.float64)),
+        ("batch_size", torch.zeros(1, dtype=torch.float64)),
         ("interval", torch.tensor([-1])),
         ("interval", torch.tensor([11])),
         ("interval", torch.tensor([2**40])),

@@ -66,6 +66,7 @@ class WithPolicy:
         guard: whether divergence is answered by the best snapshot and a lower learning rate.
         start: as in `Tuner`; with `given`, the user's own values are the calibrated ones.
         lr_factor: with `given`, a factor on the user's learning rate.
+        batch_size: where the run's batch size stays, in place of one that the policy moves.
         initial_loss: whether the validation loss before training is told.
         examples: whether the number of training examples is told.
         sees: its own run; nothing measured (after the first decision, those features stand at the mean of its
@@ -79,6 +80,7 @@ class WithPolicy:
     guard: bool = True
     start: Literal["policy", "given"] = "policy"
     lr_factor: float = 1.0
+    batch_size: float | None = None
     initial_loss: bool = False
     examples: bool = True
     sees: Literal["own", "nothing"] | Elsewhere = "own"
@@ -116,7 +118,9 @@ class Attached:
         task = cohort.task
         rule = method.policy.header.base_rule(task.optimizer)
         given = _given(task.optimizer, method.lr_factor) if method.start == "given" else None
-        self._base = given or rule.schedule(cohort.examples, cohort.parameters)
+        sgd = task.optimizer == "sgd"
+        base = given or rule.schedule(cohort.examples, cohort.parameters)
+        self._base = base.at_batch_size(method.batch_size, sgd)
         self._intervals = Intervals(task.horizon)
         self._loop = ControlLoop(
             cohort.runs,
@@ -124,11 +128,12 @@ class Attached:
             rule=rule,
             given=given,
             parameters=cohort.parameters,
-            momentum_sgd=task.optimizer == "sgd",
+            momentum_sgd=sgd,
             max_factor=GIVEN_FACTOR if method.start == "given" else math.inf,
         )
         has = set(cohort.hyperparameters) & set(method.policy.header.controls)
-        self._moved = [name for name in method.controls if name in has]
+        stays = {"batch_size"} if method.batch_size is not None else set()
+        self._moved = [name for name in method.controls if name in has - stays]
         lacking = {name: 0.0 for name in CONTROLS if name not in self._moved}
         if "batch_size" in lacking:
             lacking["batch_size"] = self._base.batch_size
@@ -221,11 +226,13 @@ class Replay:
         offsets: `[runs, GRID, controls]` (or `[1, ...]` for all runs alike), in scale units, at the middles of `GRID`
             equal parts of the run.
         lr_factor: deviate from the calibrated values instead, with this factor on their learning rate.
+        batch_size: where the run's batch size stays.
     """
 
     rules: Mapping[str, Mapping[str, Any]]
     offsets: Array
     lr_factor: float | None = None
+    batch_size: float | None = None
 
     def attach(self, cohort: Cohort) -> Controller:
         return _Replayed(self, cohort)
@@ -238,9 +245,12 @@ class _Replayed:
         self._base = rule.schedule(cohort.examples, cohort.parameters)
         if replay.lr_factor is not None:
             self._base = _given(cohort.task.optimizer, replay.lr_factor)
+        self._base = self._base.at_batch_size(replay.batch_size, cohort.task.optimizer == "sgd")
         progress = (np.arange(self._horizon) + 0.5) / self._horizon
         offsets = np.stack([resampled(run, progress) for run in replay.offsets])
         self._offsets = np.broadcast_to(offsets, (cohort.runs, *offsets.shape[1:]))
+        if replay.batch_size is not None:
+            self._offsets = np.where([name == "batch_size" for name in CONTROLS], 0, self._offsets)
         self._interval = 0
 
     @property

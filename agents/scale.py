@@ -1,5 +1,5 @@
 """How a policy does along one axis at a time: the length of the run, the size of the model, the noise in the labels, a
-learning rate that is off at the start.
+learning rate that is off at the start, a batch size that stays.
 
 Few methods, so that long runs and large models can be paid for: the policy, the calibrated schedule, the base schedule
 that the policy deviates from, AdamW's defaults with a cosine; and a replay, which says whether looking at the run is of
@@ -36,8 +36,9 @@ class Point:
     """Where on an axis the tasks are run.
 
     Attributes:
-        axis: `horizon` (intervals), `width` (a factor), `label_noise` (as in `Task`), or `start`: a factor on the
-            learning rate of the user's own schedule, the calibrated one, which the policy then deviates from.
+        axis: `horizon` (intervals), `width` (a factor), `label_noise` (as in `Task`), `start`: a factor on the
+            learning rate of the user's own schedule, the calibrated one, which the policy then deviates from; or
+            `batch_size`, where the batch size stays, all methods' learning rates with it.
     """
 
     axis: str
@@ -50,35 +51,41 @@ class Point:
             return scaled(task, width=self.value)
         if self.axis == "label_noise":
             return replace(task, label_noise=self.value)
-        if self.axis == "start":
+        if self.axis in ("start", "batch_size"):
             return task
-        raise ValueError(unknown("axis", self.axis, ["horizon", "width", "label_noise", "start"]))
+        raise ValueError(unknown("axis", self.axis, ["horizon", "width", "label_noise", "start", "batch_size"]))
 
     @property
     def lr_factor(self) -> float | None:
         """On the given learning rate; None where none is given."""
         return self.value if self.axis == "start" else None
 
+    @property
+    def batch_size(self) -> float | None:
+        """Where the batch size stays; None where it does not."""
+        return self.value if self.axis == "batch_size" else None
 
-def _attached(policy: ControlPolicy, lr_factor: float | None) -> WithPolicy:
+
+def _attached(policy: ControlPolicy, lr_factor: float | None, batch_size: float | None = None) -> WithPolicy:
     if lr_factor is None:
-        return WithPolicy(policy, record=True)
+        return WithPolicy(policy, batch_size=batch_size, record=True)
     return WithPolicy(policy, start="given", lr_factor=lr_factor, record=True)
 
 
-def _compared(policy: ControlPolicy, trajectories: Array, lr_factor: float | None) -> dict[str, Any]:
+def _compared(policy: ControlPolicy, trajectories: Array, point: Point) -> dict[str, Any]:
     """The others, by name.
 
     Args:
         trajectories: what to replay, `[runs, GRID, controls]`.
     """
     rules, stay = policy.header.base_rules, np.zeros((1, GRID, len(CONTROLS)))
+    lr_factor, batch_size = point.lr_factor, point.batch_size
     factor = 1.0 if lr_factor is None else lr_factor
     return {
-        "calibrated": Cosine("calibrated", factor),
-        "base-rule": Replay(rules, stay, lr_factor),
-        "cosine": Cosine("default", factor),
-        "replay": Replay(rules, trajectories, lr_factor),
+        "calibrated": Cosine("calibrated", factor, batch_size),
+        "base-rule": Replay(rules, stay, lr_factor, batch_size),
+        "cosine": Cosine("default", factor, batch_size),
+        "replay": Replay(rules, trajectories, lr_factor, batch_size),
     }
 
 
@@ -111,8 +118,8 @@ def measure(
         for label, task in named.items():
             replayed = trajectories[None if point.lr_factor is None else 1.0, label]
             methods = {
-                "policy": _attached(policy, point.lr_factor),
-                **_compared(policy, replayed, point.lr_factor),
+                "policy": _attached(policy, point.lr_factor, point.batch_size),
+                **_compared(policy, replayed, point),
             }
             cells |= {
                 (point, label, name): Cell(point.place(task), method, numbers) for name, method in methods.items()

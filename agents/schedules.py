@@ -90,13 +90,16 @@ class Cosine:
 
     Attributes:
         lr_factor: factor on the learning rate, for bad starts.
+        batch_size: in place of the usual one, which the learning rate follows (`hpo_env.base_schedules.lr_factor`).
     """
 
     values: Values = "default"
     lr_factor: float = 1.0
+    batch_size: float | None = None
 
     def attach(self, runs: Runs) -> Controller:
         schedule = values_of(self.values, runs.task.optimizer)
+        schedule = schedule.at_batch_size(self.batch_size, runs.task.optimizer == "sgd")
         return Listed.of(replace(schedule, lr=schedule.lr * self.lr_factor), runs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 
 import numpy as np
@@ -51,6 +51,13 @@ class BaseSchedule:
         """Values over an interval whose middle lies at `progress` (0..1 of the run), in the shape of `progress`."""
         constant = {name: np.full_like(progress, getattr(self, name)) for name in CONTROLS if name != "lr"}
         return {"lr": self.lr * shape(progress, self.warmup), **constant}
+
+    def at_batch_size(self, batch_size: float | None, momentum_sgd: bool) -> BaseSchedule:
+        """The schedule for a run whose batch size stays there, its learning rate by `lr_factor`; as it is when None."""
+        if batch_size is None:
+            return self
+        factor = lr_factor(np.array(batch_size), np.array(self.batch_size), np.array(momentum_sgd))
+        return replace(self, lr=self.lr * float(factor), batch_size=batch_size)
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)

@@ -1,4 +1,5 @@
-"""A policy along one axis at a time: longer runs, larger models, noisier labels, learning rates off at the start."""
+"""A policy along one axis at a time: longer runs, larger models, noisier labels, learning rates off at the start,
+batch sizes that stay."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from scripts.reporting.sheet import Sheet
 
 @dataclass
 class Config(Quiet):
-    """Measure a policy at points of an axis: lengths, widths, wrong labels, wrong starts.
+    """Measure a policy at points of an axis: lengths, widths, wrong labels, wrong starts, fixed batch sizes.
 
     Against it stand the calibrated schedule, the base schedule, AdamW's defaults, and the policy's own mean trajectory
     on the same task where nothing is changed, replayed without looking.
@@ -36,9 +37,9 @@ class Config(Quiet):
     """File for the figures."""
     policy: Path | None = None
     """Policy file; the one that ships with hyperpilot when left out."""
-    axis: Literal["horizon", "width", "label_noise", "start"] = "horizon"
+    axis: Literal["horizon", "width", "label_noise", "start", "batch_size"] = "horizon"
     """horizon: intervals in a run; width: factor on the model's; label_noise: share of labels drawn anew; start: factor
-    on the learning rate that the user gives."""
+    on the learning rate that the user gives; batch_size: that of the run, which stays."""
     values: tuple[float, ...] = (8, 16, 32, 64, 128, 256)
     """Points on the axis."""
     split: Literal["meta-validation", "meta-validation-small", "meta-test"] = "meta-validation"

@@ -146,6 +146,7 @@ METHODS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"controls": ("lr",)}, {"controls": ["lr"]}),
     ({"controls": ("lr", "batch_size")}, {"controls": ["lr", "batch_size"]}),
     ({"examples": False, "controls": ("lr", "weight_decay")}, {"told": False, "controls": ["lr", "weight_decay"]}),
+    ({"controls": ("lr", "weight_decay"), "batch_size": 128}, {"controls": ["lr", "weight_decay"]}),
 ]
 """`WithPolicy`'s settings, and the tuner's."""
 
@@ -153,7 +154,7 @@ METHODS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def values_of(task: Task, policy: ControlPolicy, method: Mapping[str, Any]) -> dict[str, float]:
     """What the user has set: controls that are left alone stand at the base."""
     own = given(task, method["lr_factor"]) if method.get("start") == "given" else base_of(task, policy)
-    return in_order(own)
+    return in_order(own) | {name: method[name] for name in ("batch_size",) if name in method}
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.name}-{task.optimizer}")

@@ -58,4 +58,7 @@ def test_measures_every_point_against_every_other(
     assert good["against_good_start"] == {"near": 1, "median": 1}
     assert bad["against_good_start"]["median"] != 1
     assert bad["against"]["replay"]["val"]["by_task"] != good["against"]["replay"]["val"]["by_task"]
+    door(measure_scale, *arguments, "--axis", "batch_size", "--values", 16, 64, "--json", file)
+    small, large = (row["against"] for row in json.loads(file.read_text())["rows"])
+    assert all(small[other]["val"]["by_task"] != large[other]["val"]["by_task"] for other in OTHERS)
     one_line(door(measure_scale, *arguments, "--tasks", "wine/mpl", "--json", file, status=2), "wine/mpl", "wine/mlp")

@@ -342,13 +342,14 @@ def test_controls_that_are_left_alone_follow_the_base_schedule() -> None:
     [*TASKS, replace(TASK, horizon=70, interval_examples=32)],
     ids=lambda task: f"{task.name}-{task.optimizer}-{task.horizon}",
 )
-def test_a_replay_of_nothing_is_the_base_rules_schedule(task: Task) -> None:
-    policy = random_policy()
-    run = train_cohort(task, Replay(policy.header.base_rules, np.zeros((1, GRID, len(CONTROLS)))), [0])[0]
-    base = base_of(task, policy).values(middles(task))
+@pytest.mark.parametrize("batch_size", [None, 128])
+def test_a_replay_of_nothing_is_the_base_rules_schedule(task: Task, batch_size: float | None) -> None:
+    policy, stay = random_policy(), np.zeros((1, GRID, len(CONTROLS)))
+    run = train_cohort(task, Replay(policy.header.base_rules, stay, batch_size=batch_size), [0])[0]
+    base = base_of(task, policy).at_batch_size(batch_size, task.optimizer == "sgd").values(middles(task))
     for name, values in run.controls.items():
         assert values == base[name].tolist()
-    stays = train_cohort(task, WithPolicy(always(0.0), guard=False), [0])[0]
+    stays = train_cohort(task, WithPolicy(always(0.0), guard=False, batch_size=batch_size), [0])[0]
     for name, values in stays.controls.items():
         np.testing.assert_allclose(values, base[name], rtol=1e-12)
     assert stays.val_loss == pytest.approx(run.val_loss, rel=1e-3)

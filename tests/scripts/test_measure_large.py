@@ -52,6 +52,9 @@ def test_methods_set_what_they_are_named_for(door: Door, tmp_path: Path) -> None
     start = calibrated("adamw")
     assert used["policy"][0] != used["base-rule"][0]
     assert used["base-rule"][0]["lr"] > used["base-rule"][2]["lr"]
+    assert used["policy"][0]["batch_size"] != 128
+    assert {values["batch_size"] for values in used["policy-at-128"]} == {128}
+    assert len({values["dropout"] for values in used["policy-at-128"]}) == 3
     decays = [values["weight_decay"] for values in used["base-rule"]]
     assert decays == pytest.approx([decays[0]] * 3)
     assert used["calibrated"][1]["weight_decay"] == pytest.approx(start.weight_decay)

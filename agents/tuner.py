@@ -99,6 +99,9 @@ class Tuner:
     _losses_are_shared: ClassVar[bool] = False
     """Whether all processes are given the same ones, whatever the model is."""
 
+    _batch_size_stays: ClassVar[bool] = False
+    """Whether the batch size is known and nothing else: not even where it would be a control."""
+
     def __init__(
         self,
         policy: ControlPolicy,
@@ -140,7 +143,7 @@ class Tuner:
             self._notices.tell("initial", "initial_loss=%g is taken as not known", known.pop("val_loss"))
         self.policy, self.total_epochs = policy, total_epochs
         self._optimizer, self._model, self._writer = optimizer, model, writer
-        self._binding = Binding(optimizer, model, self._batch_size, criterion)
+        self._binding = Binding(optimizer, model, None if self._batch_size_stays else self._batch_size, criterion)
         sgd = isinstance(optimizer, torch.optim.SGD)
         given = {"batch_size": 1.0, "weight_decay": 0.0, "dropout": 0.0, **self._binding.read()}
         self._intervals = Intervals(total_epochs)

@@ -33,6 +33,7 @@ _log = logging.getLogger("hyperpilot")
 
 class _Tuner(Tuner):
     _losses_are_shared = True  # the Trainer gathers them, and its callbacks see the model without its wrapper
+    _batch_size_stays = True
 
 
 class TunerCallback(TrainerCallback):
@@ -102,7 +103,7 @@ class TunerCallback(TrainerCallback):
             raise ValueError("TunerCallback does not support DeepSpeed and FSDP")
         self._close()
         intervals = _intervals(args, state)
-        examples = state.max_steps * (state.train_batch_size or 1) * args.gradient_accumulation_steps * args.world_size
+        batch_size = (state.train_batch_size or 1) * args.gradient_accumulation_steps * args.world_size
         controls, schedule = self._arguments.get("controls"), kwargs["lr_scheduler"]
         moved = controls is None or "lr" in controls
         self._schedule = _set_aside(schedule, args.lr_scheduler_type) if moved else None
@@ -111,7 +112,8 @@ class TunerCallback(TrainerCallback):
             kwargs["optimizer"],
             model=kwargs["model"],
             total_epochs=intervals,
-            examples_per_epoch=math.ceil(examples / intervals),
+            examples_per_epoch=math.ceil(state.max_steps * batch_size / intervals),
+            batch_size=batch_size,
             **self._arguments,
         )
         _log.info("the batch size stays as it is: the Trainer counts its steps by it")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from tests.user_runs import constant_policy, equal
+from tests.user_runs import BASE, constant_policy, equal, warmup_cosine
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -356,6 +356,21 @@ def test_users_start_and_policy(tmp_path: Path) -> None:
     trainer(tmp_path, callback, recorder, warmup_steps=5).train()
     # The user's 1e-3 with the tuner's own warm-up and cosine, not the 0 at which the Trainer's warm-up begins.
     assert max(used["lr"][0] for used in recorder.used) == pytest.approx(1e-3, rel=0.1)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(64, 1), (64, 2)])
+def test_the_learning_rate_follows_the_batch_size(tmp_path: Path, batch_size: int, accumulation: int) -> None:
+    """From the first step on: by the root of its ratio to the base's 48."""
+    policy = tmp_path / "policy.safetensors"
+    constant_policy().save(policy)
+    callback, recorder = TunerCallback(policy), Recorder()
+    options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    trainer(tmp_path, callback, recorder, train=Points(256), **options).train()
+    follows = math.sqrt(batch_size * accumulation / BASE["adamw"].batch_size)
+    steps = 256 // (batch_size * accumulation)
+    assert [used["lr"][0] for used in recorder.used[::steps]] == pytest.approx(
+        [follows * BASE["adamw"].lr * warmup_cosine(epoch, 4) for epoch in range(4)]
+    )
 
 
 def test_that_the_schedule_is_set_aside_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

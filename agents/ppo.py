@@ -105,6 +105,7 @@ def meta_train(
         )
         try:
             model = build(config, env)
+            model.counted = counted
             callback = _Callback(config, out, checkpoints, seed, device, provenance or {}, report, env)
             folder = out / "tensorboard"
             if checkpoint:
@@ -151,7 +152,7 @@ def _rewind(folder: Path, events: Mapping[str, int]) -> None:
 
 def build(config: MetaTrainingConfig, env: RolloutWorkers) -> RolloutPPO:
     """The model to meta-train, untrained."""
-    model = RolloutPPO(
+    return RolloutPPO(
         "MlpPolicy",
         env,
         n_steps=config.rollout_steps,
@@ -166,8 +167,6 @@ def build(config: MetaTrainingConfig, env: RolloutWorkers) -> RolloutPPO:
         device="cpu",
         seed=None,
     )
-    model.counted = counted
-    return model
 
 
 def export(model: RolloutPPO, header: PolicyHeader) -> ControlPolicy:

@@ -47,6 +47,7 @@ def policy_variants() -> list[Any]:
         WithPolicy(own, controls=("lr",)),
         WithPolicy(own, start="given"),
         WithPolicy(own, start="given", lr_factor=0.1),
+        WithPolicy(own, batch_size=64),
         WithPolicy(own, sees="nothing"),
         WithPolicy(own, acts="random"),
         *(WithPolicy(own, sees=elsewhere) for elsewhere in seen),
@@ -81,6 +82,7 @@ def test_any_difference_makes_another_key() -> None:
         Cosine(),
         Cosine("calibrated"),
         Cosine(lr_factor=0.1),
+        Cosine(batch_size=64),
         Plateau(),
         WarmupStableDecay(),
         WarmupStableDecay(decay=0.1),
@@ -91,6 +93,7 @@ def test_any_difference_makes_another_key() -> None:
         Replay(base, offsets),
         Replay({"adamw": {"lr": 0.2}}, offsets),
         Replay(base, offsets + 1e-12),
+        Replay(base, offsets, batch_size=64),
         Replay(base, offsets.reshape(1, 4, 2)),
         Replay(base, offsets.astype(np.float32)),
         OptunaSearch("tpe", 4),
@@ -115,7 +118,7 @@ def test_any_difference_makes_another_key() -> None:
 
 def test_a_description_is_complete_or_refused() -> None:
     described = describe(Cell(TASK, Cosine(), (0,)).method)
-    assert described == {"Cosine": {"values": "default", "lr_factor": 1.0}}
+    assert described == {"Cosine": {"values": "default", "lr_factor": 1.0, "batch_size": None}}
     assert describe(TASK)["Task"]["model"]["ModelSpec"]["width"] == 8
     with pytest.raises(TypeError, match="no description of a function"):
         describe({"made by": lambda: None})

@@ -30,9 +30,10 @@ Problem = Literal["resnet", "transformer"]
 
 DATASETS: dict[Problem, str] = {"resnet": "fashion-mnist", "transformer": "pydoc-topics"}
 
-METHODS = ("policy", "policy-at-128", "base-rule", "calibrated", "adamw", "sgd")
-"""The policy; the same without the batch size in its hands; the schedule that it deviates from; the calibrated schedule
-of small runs; AdamW 1e-3 and SGD 0.1 with momentum 0.9, at batches of 128, with a cosine to 0."""
+TUNED = ("policy", "policy-at-128", "base-rule", "base-rule-at-128")
+METHODS = (*TUNED, "calibrated", "adamw", "sgd")
+"""The policy; the schedule that it deviates from; both with batches that stay at 128; the calibrated schedule of small
+runs; AdamW 1e-3 and SGD 0.1 with momentum 0.9, at batches of 128, with a cosine to 0."""
 
 BATCH, EVAL_BATCH = 128, 1024
 
@@ -179,9 +180,9 @@ class _Run:
         return build_model(ModelSpec("transformer", config.width, config.blocks, "gelu"), dataset, self._seed)
 
     def _attached(self, policy: ControlPolicy) -> Tuner | None:
-        if self._method not in ("policy", "policy-at-128", "base-rule"):
+        if self._method not in TUNED:
             return None
-        if self._method == "base-rule":
+        if self._method.startswith("base-rule"):
             policy = copy.deepcopy(policy)
             with torch.no_grad():
                 for parameter in policy.linear_layers[-1].parameters():
@@ -193,7 +194,7 @@ class _Run:
             model=self._model,
             loader=self._loader,
             total_epochs=self._config.epochs,
-            controls=has if self._method == "policy-at-128" else None,
+            controls=has if self._method.endswith("at-128") else None,
         )
 
     def train_epoch(self) -> None:

@@ -281,7 +281,7 @@ def _optimizer(method: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _row(method: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A method's means, and its log ratios to the policy at the same seeds, with intervals where there are two."""
+    """A method's means, and its log ratios to the policy at the same seeds, with intervals from three on."""
     by_seed = {name: {run["seed"]: run for run in runs if run["method"] == name} for name in (method, "policy")}
     own, policy = by_seed[method], by_seed["policy"]
     row: dict[str, Any] = {"method": method, "runs": len(own)}
@@ -291,7 +291,7 @@ def _row(method: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         shared = sorted(own.keys() & policy.keys())
         if method != "policy" and shared:
             ratios = log_ratio([of(own[seed]) for seed in shared], [of(policy[seed]) for seed in shared])
-            interval = mean([ratios]) if len(shared) > 1 else None
+            interval = mean([ratios]) if len(shared) > 2 else None
             ends = [interval.low, interval.high] if interval else None
             row[f"log_ratio_{split}"] = {"mean": float(np.mean(ratios)), "ci": ends}
     row["accuracy"] = float(np.mean([run["test"]["accuracy"] for run in own.values()]))

@@ -24,8 +24,8 @@ class BatchSize:
         batches_per_step: batches that make one optimizer step, over all processes.
 
     Attributes:
-        batch_size: rows of one optimizer step. What it is set to is rounded to whole batches, and never so large that a
-            sampler that drops a last batch drops all.
+        batch_size: rows of one optimizer step, by the first sampler where there is one. What it is set to is rounded to
+            whole batches, and never so large that a sampler that drops a last batch drops all.
     """
 
     def __init__(self, batch_size: int, batches_per_step: int = 1) -> None:
@@ -34,7 +34,7 @@ class BatchSize:
 
     @property
     def batch_size(self) -> int:
-        return self._rows * self._batches
+        return (self.samplers[0].batch_size if self.samplers else self._rows) * self._batches
 
     @batch_size.setter
     def batch_size(self, value: int) -> None:
@@ -45,7 +45,7 @@ class BatchSize:
     def follow(self, sampler: HasBatchSize, rows: int | None = None) -> None:
         """Have `sampler`, which has so many `rows` if it cannot say that itself, take over the batch size, now and from
         now on."""
-        if getattr(sampler, "drop_last", False) and (rows := rows or _rows(sampler)):
+        if getattr(sampler, "drop_last", False) and (rows := rows or rows_of(sampler)):
             self._most = min(self._most, rows)
             self._rows = min(self._rows, rows)
         sampler.batch_size = self._rows
@@ -84,10 +84,15 @@ def settable(loader: Loader) -> data.BatchSampler | BatchSampler | None:
 def examples_in(loader: Loader) -> int | None:
     """Examples in one pass over `loader` (of this process), where that is known."""
     if loader.batch_sampler is None:
-        return _rows(loader.sampler)  # if that makes the batches: else the data set does, as large as it likes
+        return rows_of(loader.sampler)  # if that makes the batches: else the data set does, as large as it likes
     if isinstance(loader.dataset, data.IterableDataset):
         return length_of(loader.dataset)  # its sampler goes on for ever
-    return _rows(loader.batch_sampler, loader.dataset)
+    return rows_of(loader.batch_sampler, loader.dataset)
+
+
+def batch_in(loader: Loader) -> int | None:
+    """Rows of a batch of `loader`, where what makes the batches says it."""
+    return _batch_of(loader.sampler if loader.batch_sampler is None else loader.batch_sampler)
 
 
 def length_of(container: Any) -> int | None:
@@ -98,11 +103,19 @@ def length_of(container: Any) -> int | None:
         return None
 
 
-def _rows(sampler: Any, otherwise: Any = None) -> int | None:
-    """Rows in one pass of a batch sampler; of one that is neither torch's nor ours, those of `otherwise`."""
+def rows_of(sampler: Any, otherwise: Any = None) -> int | None:
+    """Rows in one pass of a batch sampler; of one that does not say, those of `otherwise`."""
     if isinstance(sampler, BatchSampler):
         return sampler.examples
-    return length_of(sampler.sampler if isinstance(sampler, data.BatchSampler) else otherwise)
+    if isinstance(sampler, data.BatchSampler) and hasattr(sampler, "sampler"):  # Accelerate's shards have none
+        return length_of(sampler.sampler)
+    batch, batches = _batch_of(sampler), length_of(sampler)
+    return batch * batches if batch and batches else length_of(otherwise)
+
+
+def _batch_of(sampler: Any) -> int | None:
+    size = getattr(sampler, "batch_size", None)
+    return size if type(size) is int and size > 0 else None
 
 
 def _plain(state: Any) -> Any:

@@ -24,7 +24,7 @@ from inner_models.training import Training
 from .application import Cohort, Controller, MakeController, Run
 from .policy import ControlPolicy
 from .tuner import Tuner
-from .watch import LOWERED, Watch
+from .watch import LOWERED, Finding, Watch
 
 GIVEN_FACTOR = 1000.0
 """The tuner's `max_factor`, as it comes."""
@@ -120,7 +120,10 @@ class Attached:
         given = _given(task.optimizer, method.lr_factor) if method.start == "given" else None
         sgd = task.optimizer == "sgd"
         base = given or rule.schedule(cohort.examples, cohort.parameters)
-        self._base = base.at_batch_size(method.batch_size, sgd)
+        if given and method.batch_size is not None:
+            self._base = replace(given, batch_size=method.batch_size)
+        else:
+            self._base = base.at_batch_size(method.batch_size, sgd)
         self._intervals = Intervals(task.horizon)
         self._loop = ControlLoop(
             cohort.runs,
@@ -159,17 +162,18 @@ class Attached:
             self._loop.record(interval)
         if self._method.guard:
             for run, watch in enumerate(self._watches):
-                self._check(run, *watch.check({name: float(values[run]) for name, values in losses.items()}))
+                self._check(run, watch.check({name: float(values[run]) for name, values in losses.items()}))
         if self._intervals.epoch < self._intervals.epochs:
             if interval is not None:
                 self._decide()
             else:
                 self._set(self._loop.values_at(self._intervals.progress))
 
-    def _check(self, run: int, verdict: str | None, improved: bool) -> None:
-        if improved:
+    def _check(self, run: int, found: Finding) -> None:
+        self._loop.scale_lr(run, LOWERED**-found.taken_back)
+        if found.improved:
             self._snapshots[run] = self._cohort.snapshot(run)
-        if verdict:
+        if found.verdict:
             self._cohort.restore(run, self._snapshots[run])
             self._loop.scale_lr(run, LOWERED)
             self.notes[run]["guard"].append(self._intervals.epoch)

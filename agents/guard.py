@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
-from reprlib import repr as short
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .tolerance import Notices
-from .watch import Watch
+from .watch import Finding, Watch
 
 
 class Guard:
@@ -22,29 +20,36 @@ class Guard:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, notices: Notices, *, lowers_lr: bool
     ) -> None:
         self._model, self._optimizer, self._notices = model, optimizer, notices
-        self._then = " and lowered lr to a quarter" if lowers_lr else ""
+        self._lowers_lr = lowers_lr
         self._watch = Watch()
         self._snapshot: dict[str, Any] = {}
         self._take()
 
-    def check(self, epoch: int, losses: Mapping[str, float]) -> str | None:
+    def check(self, epoch: int, losses: Mapping[str, float]) -> Finding:
         """Look at an epoch's losses, one or more. A new best is remembered with the run's state, to which a divergence
         takes it back.
-
-        Returns:
-            What is wrong with the run, if anything.
         """
-        verdict, improved = self._watch.check(losses)
-        if improved:
+        found = self._watch.check(losses)
+        if found.taken_back:
+            self._notices.tell(
+                "taken back",
+                "epoch %d: as bad after %d restores in a row: the losses themselves must have changed their meaning. "
+                "They are believed from now on%s; guard=False does so from the start",
+                epoch,
+                found.taken_back,
+                " and lr is back where it was" if self._lowers_lr else "",
+            )
+        if found.improved:
             with self._notices.surviving("keeping a snapshot"):
                 self._take()
-        if verdict:
+        if found.verdict:
+            then = " and lowered lr to a quarter" if self._lowers_lr else ""
             with self._notices.surviving("restoring the best snapshot"):
                 self.restore()
                 self._notices.tell(
-                    "divergence", "epoch %d: %s; restored the best snapshot%s", epoch, verdict, self._then
+                    "divergence", "epoch %d: %s; restored the best snapshot%s", epoch, found.verdict, then
                 )
-        return verdict
+        return found
 
     @torch.inference_mode(False)  # as in `_take`
     def restore(self) -> None:
@@ -71,10 +76,8 @@ class Guard:
         Raises:
             ValueError: it is damaged, or of another model; the guard stays as it was.
         """
-        first, best, own = state["first"], state["best"], self._snapshot
+        own = self._snapshot
         snapshot = state["snapshot"] or own  # there is none where taking one failed
-        if first.keys() != best.keys() or not all(map(math.isfinite, [*first.values(), *best.values()])):
-            raise ValueError(f"the guard's losses are damaged: {short(first)}, {short(best)}")
         parameters = own["model"].keys() & {name for name, _ in self._model.named_parameters()}
         if any(_layout(snapshot["model"][name]) != _layout(own["model"][name]) for name in parameters):
             raise ValueError("the guard's snapshot is of another model")
@@ -85,9 +88,9 @@ class Guard:
             )
         if any("params" not in group for group in groups):
             raise ValueError("the guard's snapshot lacks the optimizer's parameters")
+        self._watch.load_state_dict(state)
         self._shapes = _shapes(self._optimizer.param_groups)
         self._snapshot = _copied(snapshot)  # not the caller's own: the next best overwrites it
-        self._watch.load_state_dict(state)
 
     @torch.inference_mode(False)  # a tensor made in that mode could not be overwritten outside of it
     def _take(self) -> None:

@@ -31,7 +31,7 @@ from .untrusted import integer, table
 from .user_run import batch_sampler, batch_size_of, losses_of, own_optimizer
 from .watch import LOWERED
 
-VERSION = 2
+VERSION = 3
 
 _log = logging.getLogger("hyperpilot")
 
@@ -129,8 +129,9 @@ class Replay:
             used = {name: self.hyperparameters[name] for name in self._values}
             with self._notices.surviving("writing to TensorBoard"):
                 write_epoch(self._writer, self.epoch, losses, used, group_values(self._optimizer))
-        if self._guard and losses and self._guard.check(self.epoch, losses):
-            self._undone += 1
+        if self._guard and losses:
+            found = self._guard.check(self.epoch, losses)
+            self._undone += bool(found.verdict) - found.taken_back
         if self.epoch > self.total_epochs:
             self._notices.tell("over", "more epochs than total_epochs=%d: values stay as they are", self.total_epochs)
         self._apply()

@@ -20,7 +20,7 @@ from hpo_env.hyperparameters import CONTROLS, Array, Binding, HasBatchSize
 from inner_models.sampling import BatchSampler
 
 from .arguments import TunerArguments, check_run, chosen, count, real, warn_of_misfits
-from .batch_size import Loader, examples_in
+from .batch_size import Loader, batch_in, examples_in, rows_of
 from .board import group_values, write_decision, write_epoch
 from .files import ScalarWriter
 from .guard import Guard
@@ -160,8 +160,8 @@ class Tuner:
         self._controls = moved = chosen(controls, known_controls)
         warn_of_misfits(policy, optimizer, total_epochs, start, moved)
         lacking = {name: 0.0 for name in CONTROLS if name not in moved}
-        if self._batch_size and "batch_size" in lacking:
-            lacking["batch_size"] = float(self._batch_size.batch_size)
+        if "batch_size" in lacking and (rows := self._rows_of_a_step(loader)):
+            lacking["batch_size"] = float(min(rows, examples or rows))
         self._loop.restart([0], {name: np.array([value]) for name, value in known.items()}, fixed=[lacking])
         self._settings: dict[str, Any] = {"total_epochs": total_epochs, "start": start, "max_factor": max_factor}
         self._settings["controls"] = ", ".join(moved)
@@ -174,7 +174,8 @@ class Tuner:
         self._history: list[dict[str, Any]] = []
         self._unexplained: list[tuple[dict[str, Any], Callable[[], str]]] = []
         self._epochs: list[dict[str, Any]] = []
-        self._examples = examples
+        self._examples, self._told = examples, examples_per_epoch is not None
+        self._whole = True  # the epoch so far
         self._written: dict[str, float] = {}
         if examples is not None:
             self._loop.tell_examples(float(examples * total_epochs))
@@ -241,17 +242,17 @@ class Tuner:
             self._notices.tell("missing", "epoch %d: %s not measured", self.epoch + 1, " and ".join(missing))
         used = self._moved(self.hyperparameters)
         self._warn_if_overwritten(used)
-        batch = self._batch_size.batch_size if self._batch_size else ASSUMED_BATCH * self._batches
-        if self._meter.steps and not self._loop.knows_examples:
-            self._loop.tell_examples(float(self._meter.steps * batch * self.total_epochs))
-        if self._meter.steps and self._examples is not None:
-            self._loop.tell_batch_size(self._examples / self._meter.steps)
+        steps, self._whole = self._meter.steps if self._whole else 0, True
+        if steps:
+            self._compare(steps)
         measured = {**averaged(self._meter.finish(), self._model), **losses}
         interval = self._intervals.finish_epoch({name: np.array([value]) for name, value in measured.items()})
         self._write({name: value for name, value in measured.items() if not math.isnan(value)}, used)
         if interval is not None:
             self._loop.record(interval)
-        verdict = self._guarded(losses)
+        verdict, factor = self._guarded(losses)
+        if steps and self._told and self._examples is not None:
+            self._loop.tell_batch_size(self._examples / steps, may_raise_lr=not verdict)
         self._epochs.append({"values": used, "losses": losses, "guard": verdict})
         if self.epoch < self.total_epochs:
             self._verdict = verdict or self._verdict
@@ -260,8 +261,8 @@ class Tuner:
                 self._verdict = None
             else:
                 self._apply(self._loop.values_at(self._intervals.progress))
-        elif verdict and "lr" in self._controls:
-            self._set({"lr": self.hyperparameters["lr"] * LOWERED})
+        elif factor != 1 and "lr" in self._controls:
+            self._set({"lr": self.hyperparameters["lr"] * factor})
         if self.epoch > self.total_epochs:
             self._notices.tell("over", "more epochs than total_epochs=%d: values stay as they are", self.total_epochs)
         return self.hyperparameters
@@ -281,24 +282,23 @@ class Tuner:
         """
         sampler = batch_sampler(self._batch_size, data, seed, drop_last)
         self._written = self.hyperparameters  # the sampler may not have room for the batch size
-        if self._examples is None:
-            self._examples = sampler.rows
-        if not self.epoch and self._loop.tell_examples(float(sampler.rows * self.total_epochs)):
-            self._loop.take_back()
-            self._policy_state = None
-            self._decide(self.history.pop()["signals"], None)  # the first decision, with the length known
+        self._know(sampler.rows)
         return sampler
 
     def follow(self, sampler: HasBatchSize) -> None:
-        """Have a sampler of the user's own, with a settable `batch_size`, take the batch size in use from now on.
+        """Have a sampler of the user's own, with a settable `batch_size`, take the batch size in use from now on. If it
+        has a length in batches as well, the length of the run is known by it.
 
         Raises:
             ValueError: the tuner was made without `batch_size`.
         """
         if self._batch_size is None:
             raise ValueError("the tuner was made without batch_size=..., so it does not control the batch size")
+        rows = rows_of(sampler)
         self._batch_size.follow(sampler)
         self._written = self.hyperparameters
+        if rows:
+            self._know(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """State to put in the run's own checkpoint (tensors and plain values, the guard's snapshot included)."""
@@ -339,6 +339,7 @@ class Tuner:
         self._unexplained.clear()
         self._history, self._epochs = copy.deepcopy(state["history"]), copy.deepcopy(state["epochs"])
         self._meter.begin()
+        self._whole = not state["steps"]
         if state["policy"] != self.policy.digest:
             self._notices.tell("policy", "the state is of a run with another policy; from now on this one decides")
 
@@ -348,6 +349,7 @@ class Tuner:
             "version": VERSION,
             "settings": dict(self._settings),
             "policy": self.policy.digest,
+            "steps": self._meter.steps,
             "intervals": self._intervals.state_dict(),
             "loop": self._loop.state_dict(),
             "verdict": self._verdict,
@@ -366,16 +368,59 @@ class Tuner:
         assert self._model is not None
         return Guard(self._model, self._optimizer, self._notices, lowers_lr="lr" in self._controls)
 
-    def _guarded(self, losses: Mapping[str, float]) -> str | None:
-        """Have the guard look at an epoch's losses. Returns what is wrong with the run, if anything."""
+    def _guarded(self, losses: Mapping[str, float]) -> tuple[str | None, float]:
+        """Have the guard look at an epoch's losses. Returns what is wrong with the run, if anything, and the factor on
+        its learning rate."""
         broken = [name for name, value in losses.items() if not math.isfinite(value)]
         if self._guard is None and broken:
             self._notices.tell("losses", "epoch %d: %s not finite", self.epoch, " and ".join(broken))
-        verdict = self._guard.check(self.epoch, losses) if self._guard and losses else None
-        if verdict:
-            self._loop.scale_lr(0, LOWERED)
+        if not self._guard or not losses:
+            return None, 1.0
+        found = self._guard.check(self.epoch, losses)
+        factor = LOWERED ** (bool(found.verdict) - found.taken_back)
+        self._loop.scale_lr(0, factor)
+        if found.verdict:
             self._meter.begin()
-        return verdict
+        return found.verdict, factor
+
+    def _rows_of_a_step(self, loader: Loader | None) -> int | None:
+        """Rows of an optimizer step, where they are known before training."""
+        if self._batch_size:
+            return self._batch_size.batch_size
+        rows = batch_in(loader) if loader is not None else None
+        return rows and rows * self._batches
+
+    def _know(self, rows: int) -> None:
+        """The rows of an epoch, where they were not known: before training the first decision is taken again."""
+        if self._examples is None:
+            self._examples = rows
+        if not self.epoch and self._loop.tell_examples(float(rows * self.total_epochs)):
+            self._loop.take_back()
+            self._policy_state = None
+            self._decide(self.history.pop()["signals"], None)
+
+    def _compare(self, steps: int) -> None:
+        """What an epoch's optimizer steps say of the length of the run and of its batches."""
+        batch = self._batch_size.batch_size if self._batch_size else ASSUMED_BATCH * self._batches
+        if not self._loop.knows_examples:
+            self._loop.tell_examples(float(steps * batch * self.total_epochs))
+            if self._settings["start"] == "policy":
+                self._notices.tell(
+                    "length",
+                    "epoch %d: the run's length was not known until now, and its first values are not made for it: "
+                    "give loader or examples_per_epoch",
+                    self.epoch + 1,
+                )
+        elif self._batch_size and self._examples and self._examples / steps > 1.5 * batch:
+            self._notices.tell(
+                "batches",
+                "epoch %d: %d examples made %d optimizer steps, with batches of %d: give batches_per_step (gradient "
+                "accumulation) or examples_per_epoch (not a whole pass)",
+                self.epoch + 1,
+                self._examples,
+                steps,
+                batch,
+            )
 
     def _decide(self, signals: dict[str, float], guard: str | None) -> None:
         observation = self._loop.observe()

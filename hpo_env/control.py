@@ -207,11 +207,12 @@ class ControlLoop:
         self._rebase()
         return True
 
-    def tell_batch_size(self, batch_size: float) -> None:
+    def tell_batch_size(self, batch_size: float, *, may_raise_lr: bool = True) -> None:
         """The rows of an optimizer step, for the runs where they stay and were not known: their base follows."""
         unknown = np.isnan(self._batch_size) & ~self.state.available[:, _BATCH]
         if unknown.any():
-            self._batch_size[unknown] = batch_size
+            usual = self.rule.peaks(self.state.examples, self.state.parameters)["batch_size"]
+            self._batch_size[unknown] = batch_size if may_raise_lr else np.minimum(batch_size, usual[unknown])
             self._rebase()
 
     def observe(self) -> NDArray[np.float32]:
@@ -273,7 +274,7 @@ class ControlLoop:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()` of a loop made with the same arguments; what it was given counts, not what this one
-        was.
+        was, but for a batch size that stays.
 
         Raises:
             ValueError, TypeError, AttributeError: it is not one, or it is damaged; the loop is as it was.
@@ -300,7 +301,8 @@ class ControlLoop:
         self.given = given
         self.state.offsets, self.state.actions = arrays["offsets"], arrays["actions"]
         self.state.examples, self._shifts = arrays["examples"], arrays["shifts"]
-        self._batch_size = arrays["batch_size"]
+        told = self._fixed[:, _BATCH]
+        self._batch_size = np.where(told > 0, told, arrays["batch_size"])
         self._lr_scale = arrays["lr_scale"]
         self.state.telemetry.load(arrays["interval"], {name: arrays[f"history/{name}"] for name in SIGNALS})
         self._rebase()

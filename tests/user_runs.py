@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from agents import ControlPolicy, Tuner
 from hpo_env.base_schedules import BaseSchedule
-from hpo_env.hyperparameters import CONTROLS
+from hpo_env.hyperparameters import CONTROLS, HasBatchSize
 from inner_models.datasets import load_dataset
 from tests.rules import flat
 from tests.tiny import random_policy
@@ -105,6 +106,26 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     torch.save(state, buffer)
     loaded: dict[str, Any] = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
     return loaded
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged, but for a line on the run's length, which most of these tests leave untold."""
+    return [message for message in caplog.messages if "the run's length was not known" not in message]
+
+
+class Unsized:
+    """A batch sampler's size, without its length."""
+
+    def __init__(self, sampler: HasBatchSize) -> None:
+        self._sampler = sampler
+
+    @property
+    def batch_size(self) -> int:
+        return self._sampler.batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        self._sampler.batch_size = value
 
 
 def guarded(policy: ControlPolicy | None = None, **arguments: Any) -> tuple[Loop, Tuner]:

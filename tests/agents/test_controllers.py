@@ -15,6 +15,7 @@ from agents.application import Cohort, MakeController, Run, train, train_cohort
 from agents.controllers import (
     GIVEN_FACTOR,
     GRID,
+    Attached,
     Replay,
     WithPolicy,
     with_policy,
@@ -26,10 +27,12 @@ from hpo_env.hyperparameters import CONTROLS, Array, Binding
 from inner_models.batched_training import BatchedTraining
 from inner_models.models import build_model
 from inner_models.replicated_layers import parameter_count
+from inner_models.signals import SIGNALS
 from inner_models.tasks import Task, prepare
 from inner_models.training import Training
 from tests.rules import flat
 from tests.tiny import random_policy
+from tests.user_runs import Unsized
 
 TASK = Task.named("digits/mlp", horizon=5, interval_examples=96, train_rows=96, eval_rows=64)
 SGD = replace(TASK, optimizer="sgd")
@@ -110,7 +113,7 @@ def tuned(
             batch_size=size,
             **arguments,
         )
-        tuner.follow(run.batch_sampler)
+        tuner.follow(run.batch_sampler if told else Unsized(run.batch_sampler))
         seen.append(tuner)
         return tuner
 
@@ -146,7 +149,7 @@ METHODS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"controls": ("lr",)}, {"controls": ["lr"]}),
     ({"controls": ("lr", "batch_size")}, {"controls": ["lr", "batch_size"]}),
     ({"examples": False, "controls": ("lr", "weight_decay")}, {"told": False, "controls": ["lr", "weight_decay"]}),
-    ({"controls": ("lr", "weight_decay"), "batch_size": 128}, {"controls": ["lr", "weight_decay"]}),
+    ({"controls": ("lr", "weight_decay"), "batch_size": 64}, {"controls": ["lr", "weight_decay"]}),
 ]
 """`WithPolicy`'s settings, and the tuner's."""
 
@@ -353,6 +356,29 @@ def test_a_replay_of_nothing_is_the_base_rules_schedule(task: Task, batch_size: 
     for name, values in stays.controls.items():
         np.testing.assert_allclose(values, base[name], rtol=1e-12)
     assert stays.val_loss == pytest.approx(run.val_loss, rel=1e-3)
+
+
+def test_given_values_do_not_follow_a_batch_size_that_stays() -> None:
+    """They are the user's own, made for it."""
+    method = WithPolicy(always(0.0), start="given", controls=("weight_decay",), batch_size=64, guard=False, record=True)
+    run = train_cohort(TASK, method, [0])[0]
+    expected = given(TASK).values(middles(TASK))
+    np.testing.assert_allclose(run.controls["lr"], expected["lr"])
+    assert run.controls["batch_size"] == [64] * TASK.horizon
+    np.testing.assert_allclose(run.notes["offsets"], 0, atol=1e-12)
+
+
+def test_the_guard_takes_verdicts_back_as_the_tuners_does() -> None:
+    cohort = Cohort(BatchedTraining(TASK, [0, 1]))
+    run = Attached(WithPolicy(always(0.0)), cohort)
+    rates = [run.values["lr"]]
+    for loss in (1.0, 9.0, 9.0, 9.0, 9.0):
+        losses = {name: np.array([1.0, loss]) for name in ("train_loss", "val_loss")}
+        run.step({**{name: np.ones(2) for name in SIGNALS}, **losses})
+        rates.append(run.values["lr"])
+    np.testing.assert_allclose([others / own for own, others in rates[:5]], [1, 1, 1 / 4, 1 / 16, 1 / 64])
+    assert run.notes[1]["guard"] == [2, 3, 4]
+    assert run._loop.state_dict()["lr_scale"].tolist() == [1, 1]
 
 
 def test_values_do_not_outlast_a_run() -> None:

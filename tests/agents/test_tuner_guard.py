@@ -21,6 +21,7 @@ from tests.user_runs import (
     constant_policy,
     equal,
     guarded,
+    messages,
     warmup_cosine,
 )
 
@@ -37,7 +38,7 @@ def test_the_guard_restores(bad: float, caplog: pytest.LogCaptureFixture) -> Non
     losses = [run.epoch(0)]
     tuner.step(train_loss=losses[0][0], val_loss=losses[0][1])
     best, moments = run.weights(), copy.deepcopy(run.optimizer.state_dict()["state"])
-    assert not caplog.records
+    assert not messages(caplog)
     run.epoch(1)
     with torch.no_grad():
         for parameter in run.model.parameters():
@@ -47,16 +48,16 @@ def test_the_guard_restores(bad: float, caplog: pytest.LogCaptureFixture) -> Non
     assert equal(run.weights(), best)
     for index, state in run.optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, moments[index][name]) for name, value in state.items())
-    assert len(caplog.records) == 1
-    assert caplog.records[0].levelno == logging.WARNING
-    assert caplog.messages[0].startswith("epoch 2: ")
-    assert tuner.history[2]["guard"] in caplog.messages[0]
+    assert len(messages(caplog)) == 1
+    assert caplog.records[-1].levelno == logging.WARNING
+    assert caplog.messages[-1].startswith("epoch 2: ")
+    assert tuner.history[2]["guard"] in caplog.messages[-1]
     for epoch in range(2, 12):
         losses.append(run.epoch(epoch))
         tuner.step(train_loss=losses[-1][0], val_loss=losses[-1][1])
     assert np.isfinite(losses).all()
     assert losses[-1][1] < losses[0][1]
-    assert len(caplog.records) == 1
+    assert len(messages(caplog)) == 1
     assert all(torch.isfinite(weight).all() for weight in run.weights())
 
 
@@ -67,7 +68,7 @@ def test_without_a_guard_weights_stay_as_they_are(caplog: pytest.LogCaptureFixtu
     tuner.step(train_loss=math.nan, val_loss=math.nan)
     assert equal(run.weights(), broken)
     assert tuner.hyperparameters["lr"] == pytest.approx(base_lr(1))
-    assert caplog.messages == ["epoch 1: train_loss and val_loss not finite"]
+    assert messages(caplog) == ["epoch 1: train_loss and val_loss not finite"]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +156,74 @@ def test_divergences_in_a_row(start: Any) -> None:
             assert all(torch.equal(value, moments[index][name]) for name, value in state.items())
         lr = reference * base_lr(divergences + 1) / 4**divergences
         assert tuner.hyperparameters["lr"] == pytest.approx(lr, rel=0.05)
+
+
+def test_losses_that_change_their_meaning_are_believed(caplog: pytest.LogCaptureFixture) -> None:
+    """As where a penalty comes in by and by: what was best before never comes back, at no learning rate."""
+    run, tuner = guarded()
+    tuner.step(train_loss=1.0, val_loss=run.epoch(0)[1])
+    best = run.weights()
+    for epoch in range(1, 4):
+        run.epoch(epoch)
+        tuner.step(train_loss=9.0, val_loss=9.0)
+        assert equal(run.weights(), best)
+        assert tuner.hyperparameters["lr"] == pytest.approx(base_lr(epoch + 1) / 4**epoch)
+    resumed = copy.deepcopy((tuner.state_dict(), run.optimizer.state_dict()))
+    run.epoch(4)
+    trained = run.weights()
+    assert tuner.step(train_loss=9.0, val_loss=9.0)["lr"] == pytest.approx(base_lr(5))
+    assert equal(run.weights(), trained)
+    assert caplog.messages[-1].startswith("epoch 5: as bad after 3 restores in a row: ")
+    for train_loss in (30.0, 9.0, 90.0, 900.0, 9000.0):
+        tuner.step(train_loss=train_loss, val_loss=train_loss)
+    assert [entry["guard"] is not None for entry in tuner.history] == [False, False, *[True] * 3, *[False] * 6]
+    assert equal(run.weights(), trained)
+    tuner.step(train_loss=1.0, val_loss=math.nan)  # what is not finite still counts
+    assert tuner.history[-1]["guard"] == "val_loss not finite"
+    other, again = guarded()
+    other.optimizer.load_state_dict(resumed[1])
+    again.load_state_dict(resumed[0])
+    assert again.step(train_loss=9.0, val_loss=9.0)["lr"] == pytest.approx(base_lr(5))
+
+
+def test_a_good_epoch_between_divergences_starts_the_count_anew() -> None:
+    _, tuner = guarded()
+    for loss in (1.0, 9.0, 9.0, 9.0, 1.0, 9.0, 9.0, 9.0):
+        tuner.step(train_loss=loss, val_loss=loss)
+    assert [entry["guard"] is not None for entry in tuner.history[1:]] == [False, *[True] * 3, False, *[True] * 3]
+    assert tuner.hyperparameters["lr"] == pytest.approx(base_lr(8) / 4**6)
+
+
+def test_a_loss_that_is_not_finite_starts_the_count_anew() -> None:
+    _, tuner = guarded()
+    for loss in (1.0, 9.0, 9.0, 9.0, math.nan, 9.0):
+        tuner.step(train_loss=loss, val_loss=loss)
+    assert all(entry["guard"] for entry in tuner.history[2:])
+
+
+def test_verdicts_are_taken_back_after_the_end_too() -> None:
+    run = Loop()
+    tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=2)
+    tuner.step(train_loss=1.0, val_loss=1.0)
+    last = tuner.hyperparameters["lr"]
+    for factor in (1 / 4, 1 / 16, 1 / 64, 1, 1):
+        assert tuner.step(train_loss=9.0, val_loss=9.0)["lr"] == pytest.approx(last * factor)
+
+
+@pytest.mark.parametrize("sgd", [True, False])
+def test_a_divergence_in_the_first_epoch_is_not_answered_by_a_higher_rate(sgd: bool) -> None:
+    """Whose batches turn out to be large."""
+    model = nn.Linear(3, 2)
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) if sgd else torch.optim.AdamW(model.parameters())
+    )
+    tuner = Tuner(constant_policy(), optimizer, model=model, total_epochs=12, examples_per_epoch=2048)
+    for _ in range(8):
+        model(torch.ones(4, 3)).square().mean().backward()
+        optimizer.step()
+    base = BASE["sgd" if sgd else "adamw"]
+    lowered = base.lr * warmup_cosine(1, 12, base.warmup) / 4
+    assert tuner.step(train_loss=math.nan, val_loss=math.nan)["lr"] == pytest.approx(lowered)
 
 
 def test_the_best_snapshot_keeps_its_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch.utils.data import (
 
 from agents import Tuner
 from inner_models import sampling
-from tests.user_runs import Loop, constant_policy
+from tests.tiny import random_policy
+from tests.user_runs import BASE, Loop, constant_policy, warmup_cosine
 
 DATA = TensorDataset(torch.arange(200.0))
 
@@ -237,3 +239,151 @@ def test_a_stream_that_drops_its_last_batch_does_not_drop_all() -> None:
         assert sum(map(len, loader)) > 0
         tuner.step(train_loss=1.0, val_loss=1.0 - epoch / 10)
     assert tuner.hyperparameters["batch_size"] == 40
+
+
+# -- lengths and sizes that loops show, and those that they leave open -------------------------------------------------
+
+
+class Balanced:
+    """A batch sampler of the user's own, whose batches do not make up a whole pass."""
+
+    def __init__(self, batch_size: int, batches: int) -> None:
+        self.size, self.batches = batch_size, batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([list(range(self.size))] * self.batches)
+
+
+class Told(Balanced):
+    @property
+    def batch_size(self) -> int:
+        return self.size
+
+
+def train(run: Loop, steps: int) -> None:
+    for _ in range(steps):
+        run.optimizer.zero_grad()
+        torch.autograd.backward(run.model(run.train.inputs[:4]).square().mean())
+        run.optimizer.step()
+
+
+def at_lr(batch_size: float, **arguments: Any) -> float:
+    """The first learning rate of a run whose batches are known to stay at that size."""
+    run = Loop()
+    sampler = DataLoader(TensorDataset(torch.arange(4096.0)), batch_size=int(batch_size))
+    return Tuner(
+        constant_policy(), run.optimizer, model=run.model, total_epochs=6, loader=sampler, controls=["lr"], **arguments
+    ).hyperparameters["lr"]
+
+
+def test_a_sampler_that_says_its_batch_size_is_believed_from_the_start() -> None:
+    run = Loop()
+    loader = DataLoader(DATA, batch_sampler=Told(128, 3))
+    tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=6, loader=loader)
+    assert tuner.hyperparameters["lr"] == pytest.approx(at_lr(128))
+    assert tuner.trajectory.examples_per_epoch == 3 * 128
+
+
+def test_a_sampler_that_says_nothing_is_taken_for_nothing() -> None:
+    """An epoch of 2 steps over a data set of 200 rows need not be one in batches of 100."""
+    run = Loop()
+    loader = DataLoader(DATA, batch_sampler=Balanced(16, 2))
+    tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=6, loader=loader)
+    first = tuner.hyperparameters["lr"]
+    train(run, 2)
+    after = tuner.step(train_loss=1.0, val_loss=1.0)["lr"]
+    told = Loop()
+    tuner = Tuner(constant_policy(), told.optimizer, model=told.model, total_epochs=6, examples_per_epoch=200)
+    assert tuner.hyperparameters["lr"] == pytest.approx(first)
+    train(told, 2)
+    assert tuner.step(train_loss=1.0, val_loss=1.0)["lr"] == pytest.approx(after * math.sqrt(100 / 48))
+
+
+def test_a_batch_has_no_more_rows_than_there_are() -> None:
+    run = Loop()
+    loader = DataLoader(TensorDataset(torch.arange(64.0)), batch_size=4096)
+    tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=6, loader=loader, controls=["lr"])
+    assert tuner.hyperparameters["lr"] == pytest.approx(at_lr(64))
+
+
+@pytest.mark.parametrize("before", [0, 7])
+def test_the_batch_size_is_not_learnt_from_part_of_an_epoch(before: int) -> None:
+    """As where a checkpoint was written within the first one."""
+    run = Loop()
+    arguments: dict[str, Any] = {"model": run.model, "total_epochs": 6, "examples_per_epoch": 1024}
+    tuner = Tuner(constant_policy(), run.optimizer, **arguments)
+    train(run, before)
+    state = tuner.state_dict()
+    tuner.close()
+    tuner = Tuner(constant_policy(), run.optimizer, **arguments)
+    tuner.load_state_dict(state)
+    rates = []
+    for steps in (8 - before, 8, 8):
+        train(run, steps)
+        rates.append(tuner.step(train_loss=1.0, val_loss=1.0)["lr"])
+    peak = BASE["adamw"].lr * np.array([warmup_cosine(epoch, 6) for epoch in (1, 2, 3)])
+    follows = math.sqrt(128 / 48)
+    np.testing.assert_allclose(rates, peak * ([1, follows, follows] if before else follows), rtol=1e-6)
+
+
+def test_a_state_of_other_batches_is_gone_on_with_at_those_of_now() -> None:
+    run = Loop()
+    states: list[dict[str, Any]] = []
+    for batch_size in (32, 256):
+        loader = DataLoader(TensorDataset(torch.arange(4096.0)), batch_size=batch_size)
+        tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=6, loader=loader, controls=["lr"])
+        if states:
+            tuner.load_state_dict(states[0])
+        tuner.step(train_loss=1.0, val_loss=1.0)
+        states.append(tuner.state_dict())
+    assert tuner.hyperparameters["lr"] == pytest.approx(at_lr(256) * warmup_cosine(2, 6) / warmup_cosine(0, 6))
+
+
+@pytest.mark.parametrize(("batches", "warns"), [(1, True), (4, False)])
+def test_steps_of_several_batches_are_noticed(batches: int, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+    run = Loop()
+    loader = DataLoader(DATA, batch_size=8)
+    tuner = Tuner(
+        constant_policy(), run.optimizer, model=run.model, total_epochs=6, loader=loader, batches_per_step=batches,
+        controls=["lr"],
+    )  # fmt: skip
+    for _ in range(3):
+        train(run, 6)
+        tuner.step(train_loss=1.0, val_loss=1.0)
+    expected = "epoch 1: 200 examples made 6 optimizer steps, with batches of 8: give batches_per_step"
+    assert [message[: len(expected)] for message in caplog.messages] == [expected] * warns
+
+
+def test_two_tuners_of_one_loader_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    loader = DataLoader(DATA, batch_size=8)
+    first, second = attached(loader), attached(loader, controls=["batch_size"], start="given")
+    assert not caplog.messages
+    for tuner in (first, second):
+        tuner.step(train_loss=1.0, val_loss=1.0)
+    assert "epoch 1 was trained with batch_size" in caplog.text
+
+
+def test_the_length_is_a_followed_samplers() -> None:
+    run, followed = Loop(), Loop()
+    arguments: dict[str, Any] = {"total_epochs": 6, "batch_size": 32}
+    told = Tuner(random_policy(), run.optimizer, model=run.model, examples_per_epoch=200, **arguments)
+    tuner = Tuner(random_policy(), followed.optimizer, model=followed.model, **arguments)
+    tuner.follow(BatchSampler(RandomSampler(range(200)), 32, drop_last=False))
+    assert tuner.trajectory.examples_per_epoch == 200
+    assert tuner.history[0]["observation"] == told.history[0]["observation"]
+    assert tuner.hyperparameters == told.hyperparameters
+    assert len(tuner.history) == 1
+
+
+@pytest.mark.parametrize("start", ["policy", "given"])
+def test_a_length_that_was_not_told_is_missed(start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    run = Loop()
+    tuner = Tuner(constant_policy(), run.optimizer, model=run.model, total_epochs=6, start=start)
+    for _ in range(2):
+        train(run, 3)
+        tuner.step(train_loss=1.0, val_loss=1.0)
+    missed = "epoch 1: the run's length was not known until now, and its first values are not made for it: give loader"
+    assert [message[: len(missed)] for message in caplog.messages] == [missed] * (start == "policy")

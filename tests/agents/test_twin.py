@@ -24,6 +24,7 @@ from inner_models.tasks import OptimizerName, Regularizer, Task, prepare
 from inner_models.training import Streams
 from tests.rules import RULES
 from tests.tiny import random_policy
+from tests.user_runs import Unsized
 
 
 def environment_run(
@@ -79,7 +80,7 @@ def user_run(
         guard=False,
     )
     sampler = BatchSampler(len(train), 1, streams.order)
-    tuner.follow(sampler)  # `batch_sampler` would tell the length
+    tuner.follow(Unsized(sampler))
     sampler.examples = rows
     loader = DataLoader(TensorDataset(train.inputs, train.targets), batch_sampler=sampler)
     for _ in range(task.horizon):

@@ -31,6 +31,9 @@ MOST_CAUSES = 2
 
 _CHANGED = 0.01  # smallest relative change of a value that is worth a word
 
+_FAR = 1.99
+"""A relative difference (-2..2) beyond this is of no factor: some 400 or more, or between values of two signs."""
+
 Seen = Mapping[str, float]
 
 
@@ -152,11 +155,13 @@ def _number(name: str, value: float) -> str:
 
 
 def _times(difference: float) -> float:
-    """a / b, of a relative difference r(a, b) (see `hpo_env.observations`); beyond some 400, a bound."""
-    return math.exp(2 * math.atanh(min(max(difference / 2, -0.995), 0.995)))
+    """a / b, of a relative difference r(a, b) (see `hpo_env.differences`) below `_FAR`."""
+    return math.exp(2 * math.atanh(difference / 2))
 
 
 def _change_of(difference: float) -> str:
+    if abs(difference) > _FAR:
+        return f"far {'up' if difference > 0 else 'down'}"
     times = _times(difference)
     if abs(times - 1) < _CHANGED:
         return "flat"
@@ -166,6 +171,8 @@ def _change_of(difference: float) -> str:
 
 
 def _compared(difference: float, other: str) -> str:
+    if abs(difference) > _FAR:
+        return f"far {'above' if difference > 0 else 'below'} {other}"
     times = _times(difference)
     if abs(times - 1) < _CHANGED:
         return f"level with {other}"

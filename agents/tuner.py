@@ -64,8 +64,9 @@ class Tuner:
             move with it.
         batches_per_step: batches of the loader that make one optimizer step (gradient accumulation).
         examples_per_epoch: training examples in an epoch, usually `len(train_set)`: the best start depends on the
-            length of the run. Without it the length is known from `loader` or `batch_sampler`, or after the first
-            epoch, from the steps that it took.
+            length of the run. Without it the length is known from `loader` or `batch_sampler`, or guessed after the
+            first epoch, from the steps that it took (with a warning). A batch size that stays, and is not known either,
+            follows from it after that epoch.
         batch_size: in place of `loader`: the run's batch size, if the tuner may change it; batches must then come from
             `batch_sampler`, whose row order is part of the tuner's state.
         start: `policy` chooses absolute values; `given` takes the run's own values (with warm-up and cosine decay) as
@@ -75,8 +76,9 @@ class Tuner:
         initial_loss: validation loss before training, if known: a signal like any other.
         signals: names of the losses that the run will give to `step`.
         guard: when the run diverges (a loss that is not finite, or far above the run's best), restore the best
-            snapshot and lower the learning rate to a quarter. Keeps one copy of the model's and optimizer's state. The
-            first time is logged as a warning, later ones at the level DEBUG.
+            snapshot and lower the learning rate to a quarter; after three times in a row, which did not help, it is
+            taken back, and the losses are believed. Keeps one copy of the model's and optimizer's state. The first
+            time is logged as a warning, later ones at the level DEBUG.
         writer: a TensorBoard `SummaryWriter` (or anything with `add_scalar`) for losses, controls and reasons
             (`agents.board.RUN_TAGS`).
 
@@ -229,7 +231,8 @@ class Tuner:
     def step(self, *, train_loss: float | Tensor | None, val_loss: float | Tensor | None = None) -> dict[str, float]:
         """Call at the end of every epoch. Sets the hyperparameters for the next one and returns them.
 
-        Losses may be numbers or one-element tensors. What a run can bring about ends no run, and each kind of it is
+        Losses may be numbers or one-element tensors, and negative: the same function of the model on training and on
+        validation rows, and the same all the time. What a run can bring about ends no run, and each kind of it is
         logged once: a loss that is not finite is a divergence; one that is None (validation comes late, or not in every
         epoch) counts as not measured.
 

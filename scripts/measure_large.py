@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from agents.application import jsonable
 from agents.measures import log_ratio, mean
 from agents.policy import ControlPolicy
 from agents.provenance import provenance
+from agents.schedules import DEFAULTS
 from agents.tuner import Tuner, pretrained_path
 from hpo_env.base_schedules import calibrated
 from inner_models.datasets import Dataset, load_dataset
@@ -33,7 +36,7 @@ DATASETS: dict[Problem, str] = {"resnet": "fashion-mnist", "transformer": "pydoc
 TUNED = ("policy", "policy-at-128", "base-rule", "base-rule-at-128")
 METHODS = (*TUNED, "calibrated", "adamw", "sgd")
 """The policy; the schedule that it deviates from; both with batches that stay at 128; the calibrated schedule of small
-runs; AdamW 1e-3 and SGD 0.1 with momentum 0.9, at batches of 128, with a cosine to 0."""
+runs; AdamW 1e-3 and SGD 0.1 with momentum 0.9, at batches of 128 and a dropout of 0.1, with a cosine to 0."""
 
 BATCH, EVAL_BATCH = 128, 1024
 
@@ -89,14 +92,14 @@ def main(config: Config) -> None:
                 trained.train_epoch()
                 update(number * config.epochs + epoch + 1, f"{method}, validation loss {trained.val_loss[-1]:.4f}")
             runs.append(trained.record())
-            write_json(config.json, {"setting": setting, "runs": runs})
+            write_json(config.json, jsonable({"setting": setting, "runs": runs}))
     chosen = [run for run in runs if (run["method"], run["seed"]) in wanted]
     rows = [_row(method, chosen) for method in methods]
     sheet = Sheet.plain("ln(its loss / the policy's): above 0 the policy is better", HEAD, map(_cells, rows))
     console.print(sheet.to_rich())
     console.out(f"\n{sheet.body()}", highlight=False)
     origin = {**provenance(config.device), "threads": torch.get_num_threads()}
-    write_json(config.json, {"setting": setting, "rows": rows, "runs": runs, "provenance": origin})
+    write_json(config.json, jsonable({"setting": setting, "rows": rows, "runs": runs, "provenance": origin}))
 
 
 def _setting(config: Config, policy: ControlPolicy) -> dict[str, Any]:
@@ -113,7 +116,14 @@ def _found(path: Path, setting: dict[str, Any]) -> list[dict[str, Any]]:
         other = record.get("setting")
         raise ValueError(f"{recorded(path)} holds runs of another setting: {other}; choose another file")
     runs: list[dict[str, Any]] = record["runs"]
+    for run in runs:
+        run["val_loss"] = [_number(loss) for loss in run["val_loss"]]
+        run["test"] = {name: _number(value) for name, value in run["test"].items()}
     return runs
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 class _Block(nn.Module):
@@ -159,6 +169,9 @@ class _Run:
         self._config, self._dataset, self._method, self._seed = config, dataset, method, seed
         self._model = self._build().to(config.device)
         self._dropouts = [layer for layer in self._model.modules() if isinstance(layer, nn.Dropout)]
+        if method in ("adamw", "sgd"):
+            for layer in self._dropouts:
+                layer.p = DEFAULTS["adamw"].dropout
         self._optimizer = _optimizer(method, self._model)
         rows = slice(config.rows)
         train = TensorDataset(dataset.train.inputs[rows], dataset.train.targets[rows])
@@ -168,7 +181,7 @@ class _Run:
         self.train_loss: list[float] = []
         self.val_loss: list[float] = []
         self._used: list[dict[str, float]] = []
-        self._best: dict[str, float] = {}
+        self._lowest, self._best = math.inf, {"loss": math.nan, "accuracy": math.nan}
         self._seconds = 0.0
 
     def _build(self) -> nn.Module:
@@ -200,6 +213,7 @@ class _Run:
     def train_epoch(self) -> None:
         """Train one epoch and evaluate."""
         started = time.perf_counter()
+        self._schedule(len(self.val_loss) / self._config.epochs)
         self._used.append(self._values())
         self._model.train()
         total, seen = torch.zeros((), device=self._config.device), 0
@@ -216,8 +230,8 @@ class _Run:
         if self._tuner:
             self._tuner.step(train_loss=self.train_loss[-1], val_loss=self.val_loss[-1])
         self._seconds += time.perf_counter() - started
-        if self.val_loss[-1] == min(self.val_loss):
-            self._best = self._evaluate("test")
+        if self.val_loss[-1] < self._lowest:
+            self._lowest, self._best = self.val_loss[-1], self._evaluate("test")
 
     def _values(self) -> dict[str, float]:
         if self._tuner:
@@ -281,7 +295,8 @@ def _optimizer(method: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _row(method: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A method's means, and its log ratios to the policy at the same seeds, with intervals from three on."""
+    """A method's means, and its log ratios to the policy at the same seeds, with intervals from three on; no ratios if
+    any of them has diverged."""
     by_seed = {name: {run["seed"]: run for run in runs if run["method"] == name} for name in (method, "policy")}
     own, policy = by_seed[method], by_seed["policy"]
     row: dict[str, Any] = {"method": method, "runs": len(own)}
@@ -289,8 +304,9 @@ def _row(method: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for split, of in losses.items():
         row[split] = float(np.mean([of(run) for run in own.values()]))
         shared = sorted(own.keys() & policy.keys())
-        if method != "policy" and shared:
-            ratios = log_ratio([of(own[seed]) for seed in shared], [of(policy[seed]) for seed in shared])
+        pairs = [[of(runs[seed]) for seed in shared] for runs in (own, policy)]
+        if method != "policy" and shared and np.isfinite(pairs).all():
+            ratios = log_ratio(*pairs)
             interval = mean([ratios]) if len(shared) > 2 else None
             ends = [interval.low, interval.high] if interval else None
             row[f"log_ratio_{split}"] = {"mean": float(np.mean(ratios)), "ci": ends}

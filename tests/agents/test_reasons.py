@@ -204,7 +204,7 @@ def test_masked_controls_are_never_named() -> None:
     [
         ("validation trend", {"val_change_4": 0.0, "val_change_1": 0.001}, "validation loss flat over 3 epochs"),
         ("validation trend", {"val_change_4": 0.0}, "no earlier validation loss to compare with"),
-        ("validation trend", {"val_change_4": 2.0}, "validation loss up to 4e+02 times over 12 epochs"),
+        ("validation trend", {"val_change_4": 2.0}, "validation loss far up over 12 epochs"),
         ("validation since start", {"val_since_start": 0.0}, "no first validation loss to compare with"),
         ("validation and its best", {}, "validation loss at its best"),
         ("validation and its best", {"val_missing": 1}, "validation loss not measured"),

@@ -19,7 +19,7 @@ from inner_models.signals import GradientMeter
 from tests.recipes.page import SNIPPETS, UNTRAINED, Moving, Recipe
 from tests.user_runs import equal
 
-PLAIN = ("schedulers", "steps", "sam")
+PLAIN = ("schedulers", "steps", "sam", "optimizers")
 ELSEWHERE = ("accumulation", "workers", "mixed_precision", "distributed")
 
 

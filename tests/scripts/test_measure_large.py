@@ -58,7 +58,8 @@ def test_methods_set_what_they_are_named_for(door: Door, tmp_path: Path) -> None
     decays = [values["weight_decay"] for values in used["base-rule"]]
     assert decays == pytest.approx([decays[0]] * 3)
     assert used["calibrated"][1]["weight_decay"] == pytest.approx(start.weight_decay)
-    assert used["calibrated"][1]["dropout"] == pytest.approx(start.dropout)
+    assert {values["dropout"] for values in used["calibrated"]} == {start.dropout}
+    assert {values["dropout"] for method in ("adamw", "sgd") for values in used[method]} == {0.1}
     assert used["adamw"][0]["lr"] == 1e-3
     assert used["sgd"][0]["lr"] == 0.1
     assert used["sgd"][2]["lr"] < 0.1 * (1 + np.cos(np.pi / 2)) / 2
@@ -80,6 +81,27 @@ def test_goes_on_where_it_stopped(door: Door, tmp_path: Path, monkeypatch: pytes
     assert trained == [("policy", 1), ("adamw", 1)]
     assert measured(file)["runs"][:2] == first
     one_line(door(measure_large, *arguments, "--rows", 100, status=2), "a.json holds runs of another setting", "800")
+
+
+def test_a_run_that_diverges_is_one_of_them(door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_large._Run, "_loss", lambda run, *batch: run._model(batch[0]).sum() * np.inf)
+    arguments = [
+        "--width",
+        4,
+        "--seeds",
+        1,
+        *SMALL,
+        "--methods",
+        "policy",
+        "adamw",
+        "--json",
+        file := tmp_path / "a.json",
+    ]
+    for _ in range(2):  # the second finds the runs
+        door(measure_large, *arguments)
+        found = measured(file)
+        assert [run["val_loss"][-1] for run in found["runs"]][1] is None
+        assert found["rows"][1]["test"] is None
 
 
 def test_residual_network_is_the_one_of_the_paper() -> None:

@@ -287,6 +287,24 @@ def test_a_sampler_that_says_its_batch_size_is_believed_from_the_start() -> None
     assert tuner.trajectory.examples_per_epoch == 3 * 128
 
 
+class Shard(BatchSampler):
+    """One process's share of the batches, as Accelerate makes it: without the attributes of its class."""
+
+    def __init__(self, batch_size: int, batches: int) -> None:
+        self.batch_size, self.batches, self.drop_last = batch_size, batches, False
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([list(range(self.batch_size))] * self.batches)
+
+
+def test_a_shard_of_batches_has_a_length() -> None:
+    tuner = attached(DataLoader(DATA, batch_sampler=Shard(16, 5)))
+    assert tuner.trajectory.examples_per_epoch == 80
+
+
 def test_a_sampler_that_says_nothing_is_taken_for_nothing() -> None:
     """An epoch of 2 steps over a data set of 200 rows need not be one in batches of 100."""
     run = Loop()

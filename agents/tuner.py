@@ -176,7 +176,7 @@ class Tuner:
         self._history: list[dict[str, Any]] = []
         self._unexplained: list[tuple[dict[str, Any], Callable[[], str]]] = []
         self._epochs: list[dict[str, Any]] = []
-        self._examples, self._told = examples, examples_per_epoch is not None
+        self._examples, self._told = examples, None if examples_per_epoch is None else examples
         self._whole = True  # the epoch so far
         self._written: dict[str, float] = {}
         if examples is not None:
@@ -247,15 +247,15 @@ class Tuner:
         self._warn_if_overwritten(used)
         steps, self._whole = self._meter.steps if self._whole else 0, True
         if steps:
-            self._compare(steps)
+            self._learn_from(steps)
         measured = {**averaged(self._meter.finish(), self._model), **losses}
         interval = self._intervals.finish_epoch({name: np.array([value]) for name, value in measured.items()})
         self._write({name: value for name, value in measured.items() if not math.isnan(value)}, used)
         if interval is not None:
             self._loop.record(interval)
         verdict, factor = self._guarded(losses)
-        if steps and self._told and self._examples is not None:
-            self._loop.tell_batch_size(self._examples / steps, may_raise_lr=not verdict)
+        if steps and self._told:
+            self._loop.tell_batch_size(self._told / steps, may_raise_lr=not verdict)
         self._epochs.append({"values": used, "losses": losses, "guard": verdict})
         if self.epoch < self.total_epochs:
             self._verdict = verdict or self._verdict
@@ -402,7 +402,7 @@ class Tuner:
             self._policy_state = None
             self._decide(self.history.pop()["signals"], None)
 
-    def _compare(self, steps: int) -> None:
+    def _learn_from(self, steps: int) -> None:
         """What an epoch's optimizer steps say of the length of the run and of its batches."""
         batch = self._batch_size.batch_size if self._batch_size else ASSUMED_BATCH * self._batches
         if not self._loop.knows_examples:

@@ -129,8 +129,8 @@ class Run:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`; null is NaN."""
-        numbers = {name: _number(record[name]) for name in ("initial_loss", "test_loss", "final_test_loss")}
-        losses = {name: [_number(value) for value in record[name]] for name in ("train_loss", "val_loss")}
+        numbers = {name: number_of(record[name]) for name in ("initial_loss", "test_loss", "final_test_loss")}
+        losses = {name: [number_of(value) for value in record[name]] for name in ("train_loss", "val_loss")}
         return cls(**{**record, **numbers, **losses})
 
 
@@ -292,5 +292,6 @@ def jsonable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _number(value: float | None) -> float:
+def number_of(value: float | None) -> float:
+    """The inverse of `jsonable`, for a number: null is one that was not finite."""
     return math.nan if value is None else value

@@ -119,11 +119,9 @@ class Attached:
         rule = method.policy.header.base_rule(task.optimizer)
         given = _given(task.optimizer, method.lr_factor) if method.start == "given" else None
         sgd = task.optimizer == "sgd"
-        base = given or rule.schedule(cohort.examples, cohort.parameters)
-        if given and method.batch_size is not None:
-            self._base = replace(given, batch_size=method.batch_size)
-        else:
-            self._base = base.at_batch_size(method.batch_size, sgd)
+        self._base = rule.schedule(cohort.examples, cohort.parameters).at_batch_size(method.batch_size, sgd)
+        if given:
+            self._base = replace(given, batch_size=method.batch_size or given.batch_size)
         self._intervals = Intervals(task.horizon)
         self._loop = ControlLoop(
             cohort.runs,

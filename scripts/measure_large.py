@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from agents.application import jsonable
+from agents.application import jsonable, number_of
 from agents.measures import log_ratio, mean
 from agents.policy import ControlPolicy
 from agents.provenance import provenance
@@ -117,13 +117,9 @@ def _found(path: Path, setting: dict[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(f"{recorded(path)} holds runs of another setting: {other}; choose another file")
     runs: list[dict[str, Any]] = record["runs"]
     for run in runs:
-        run["val_loss"] = [_number(loss) for loss in run["val_loss"]]
-        run["test"] = {name: _number(value) for name, value in run["test"].items()}
+        run["val_loss"] = [number_of(loss) for loss in run["val_loss"]]
+        run["test"] = {name: number_of(value) for name, value in run["test"].items()}
     return runs
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 class _Block(nn.Module):

@@ -49,7 +49,7 @@ class Config(Quiet):
     """Folder for policy.safetensors, config.json, checkpoints and TensorBoard events."""
     preset: str = "default"
     """smoke (one to two minutes on 2 cores, to see that all works), demo (a few minutes, to be watched) or default
-    (about half an hour, to be used)."""
+    (half an hour to two hours, by the processor; to be used)."""
     regularizers: bool = False
     """Learn to move augmentation and label smoothing, too: the preset's tasks have them, where they fit."""
     seed: int = 0

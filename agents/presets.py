@@ -70,8 +70,8 @@ PRESETS: dict[str, MetaTrainingConfig] = {
                             untold_probability=0.2, unmeasured_probability=0.1),
     ),
 }  # fmt: skip
-"""`smoke`: one to two minutes on 2 cores, to see that all works. `demo`: a few minutes. `default`: half an hour to two hours, by
-the processor.
+"""`smoke`: one to two minutes on 2 cores, to see that all works. `demo`: a few minutes. `default`: half an hour to two
+hours, by the processor.
 """
 
 

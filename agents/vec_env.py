@@ -16,7 +16,6 @@ from hpo_env.hyperparameters import CONTROLS, Array
 from hpo_env.rewards import leave_one_out
 from hpo_env.vector_env import HPOVectorEnv
 from inner_models.tasks import Task, TaskDistribution
-from inner_models.workers import give_back_memory
 
 from .rollouts import RolloutWorkers, Step
 
@@ -156,7 +155,6 @@ class CohortEnv:
                 self._relative.end(cohort, self._keys[cohort])
                 self._keys[cohort] = task_key(task)
                 self._relative.begin(cohort, self._keys[cohort])
-                give_back_memory()
         return observations, rewards, over, listed
 
 

@@ -20,7 +20,9 @@ from hpo_env.hyperparameters import CONTROLS, Array, Binding
 from hpo_env.observations import HIGH, LOW, feature_table
 from hpo_env.rewards import diverged, log_fall
 from inner_models.replicated_layers import parameter_count
+from inner_models.sampling import MICRO_BATCH
 from inner_models.tasks import Task, TaskDistribution, prepare
+from inner_models.torch_state import as_by_default
 from inner_models.training import Training
 
 Observation = NDArray[np.float32]
@@ -106,10 +108,12 @@ def draw_episode(rng: np.random.Generator, variation: Variation) -> Episode:
     return Episode(seed, fixed, tuple(shifts.tolist()), *(bool(hide) for hide in hidden))
 
 
-def unmeasured(signals: Mapping[str, Array], hidden: NDArray[np.bool_]) -> dict[str, Array]:
-    """`signals` `[runs]` with the gradient statistics of some runs, `hidden` `[runs]`, missing."""
+def observed(signals: Mapping[str, Array], hidden: NDArray[np.bool_]) -> dict[str, Array]:
+    """What a control loop is told of `signals` `[runs]`: a loss that is not a number as an infinite one (NaN would say
+    that it was not measured), and no gradient statistics of some runs, `hidden` `[runs]`."""
     return {
-        name: values if name.endswith("_loss") else np.where(hidden, np.nan, values) for name, values in signals.items()
+        name: np.where(np.isnan(values), np.inf, values) if name.endswith("_loss") else np.where(hidden, np.nan, values)
+        for name, values in signals.items()
     }
 
 
@@ -117,9 +121,45 @@ def resolve_tasks(task: Task | str | None, tasks: TaskDistribution | None) -> Ta
     """The one of `task` and `tasks` that is given; the default task when neither is."""
     if task is not None and tasks is not None:
         raise ValueError("give either task or tasks, not both")
-    if tasks is not None:
-        return tasks
-    return task if isinstance(task, Task) else Task.named(task or DEFAULT_TASK)
+    if tasks is None:
+        return _task(DEFAULT_TASK if task is None else task)
+    if not isinstance(tasks, TaskDistribution):
+        raise TypeError(f"tasks must be a TaskDistribution, such as inner_models.splits.META_TRAIN, not {tasks!r}")
+    return tasks
+
+
+def task_of(options: Mapping[str, Any] | None) -> Task | None:
+    """The task that `reset` is to begin, if `options` names one.
+
+    Raises:
+        ValueError: there is another option.
+    """
+    others = sorted(set(options or {}) - {"task"})
+    if others:
+        raise ValueError(f"the only option of reset is 'task', not {', '.join(map(repr, others))}")
+    task = (options or {}).get("task")
+    return None if task is None else _task(task)
+
+
+def _task(task: Task | str) -> Task:
+    if not isinstance(task, Task | str):
+        raise TypeError(f"a task must be a Task or the name of one, such as {DEFAULT_TASK!r}, not {task!r}")
+    return Task.named(task) if isinstance(task, str) else task
+
+
+def check_settings(variation: Variation | None, base: BaseSchedule | None, dtype: torch.dtype) -> None:
+    """
+    Raises:
+        ValueError, TypeError: one of an environment's arguments cannot be used; the message names it.
+    """
+    if not isinstance(variation, Variation | None):
+        raise TypeError(f"variation must be a Variation, not {variation!r}")
+    if not isinstance(base, BaseSchedule | None):
+        raise TypeError(f"base must be a BaseSchedule, not {base!r}")
+    if base and base.batch_size % MICRO_BATCH:
+        raise ValueError(f"the base's batch_size must be a multiple of {MICRO_BATCH}, not {base.batch_size:g}")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, not {dtype}")
 
 
 def observation_space() -> spaces.Box[np.float32]:
@@ -167,7 +207,7 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
 
     ## Starting state
     `reset(seed=...)` fixes the task (if it is sampled), the initial weights, the order of the data and all noise.
-    `options={{"task": Task}}` chooses the task of this episode.
+    `options={{"task": ...}}` chooses the task of this episode (a `Task` or its name).
 
     ## Episode end
     Terminated when the budget (the task's `horizon`) is spent, or when the run has diverged. Never truncated.
@@ -179,7 +219,12 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
     - `task`: a `Task` or the name of one (`digits/mlp`), or `tasks`: a `TaskDistribution` to sample one each episode.
     - `variation`: further things to draw each episode (`Variation`).
     - `base`: the base schedule; that of the calibrated rule when None.
-    - `device`, `dtype`: where and in what precision the inner training runs.
+    - `device`, `dtype`: where and in what precision (`torch.float32` or `torch.float64`) the inner training runs.
+
+    ## Several processes
+    A process that has trained with several threads must not be forked, as PyTorch's threads do not survive it: give
+    `AsyncVectorEnv` `context="spawn"`, or have what makes its environments call `torch.set_num_threads(1)` first, which
+    also keeps them from fighting for the cores. One process with `gymnasium.make_vec` is faster than either.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}  # type: ignore[misc]
@@ -195,6 +240,7 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
         render_mode: None = None,
     ) -> None:
         self._tasks = resolve_tasks(task, tasks)
+        check_settings(variation, base, dtype)
         self._variation = variation or Variation()
         self._base, self._device, self._dtype = base, device, dtype
         self.observation_space = observation_space()
@@ -205,13 +251,17 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         super().reset(seed=seed)
-        task = (options or {}).get("task")
+        task = task_of(options)
+        self._training = None  # whatever fails from here on, no episode is under way
+        with as_by_default(self._device):
+            return self._begin(task)
+
+    def _begin(self, task: Task | None) -> tuple[Observation, dict[str, Any]]:
         if task is None:
             task = self._tasks if isinstance(self._tasks, Task) else self._tasks.sample(self.np_random)
-        self.task: Task = task
+        self.task = task
         episode = draw_episode(self.np_random, self._variation)
         training = Training(task, episode.seed, data=prepare(task), device=self._device, dtype=self._dtype)
-        self._training = training
         self._binding = Binding(training.optimizer, training.model, training.batch_sampler, training.criterion)
         self._loop = ControlLoop(
             1,
@@ -232,6 +282,7 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
         )
         self._unmeasured = np.array([episode.unmeasured])
         self._over = False
+        self._training = training
         losses = {"train_loss": np.nan, "val_loss": float(self._initial[0])}
         return self._loop.observe()[0], self._info(losses, self._loop.values(), False)
 
@@ -243,15 +294,20 @@ class HPOEnv(gymnasium.Env[Observation, Action]):
             raise ValueError(f"an action must have shape {self.action_space.shape}, not {action.shape}")
         values = self._loop.decide(action.astype(np.float64)[None])
         self._binding.write({name: float(values[name][0]) for name in self._binding.available})
-        signals = self._training.advance()
+        with as_by_default(self._device):
+            signals = self._training.advance()
         self._loop.tell_examples(self._training.data.interval_examples * self.task.horizon)
-        self._loop.record(unmeasured({n: np.array([value]) for n, value in signals.items()}, self._unmeasured))
+        self._loop.record(observed({n: np.array([value]) for n, value in signals.items()}, self._unmeasured))
         val_loss = np.array([signals["val_loss"]])
         reward = float(log_fall(self._previous, val_loss, self._initial)[0])
         lost = bool(diverged(np.array([signals["train_loss"]]), val_loss, self._initial)[0])
         self._previous = val_loss
         self._over = lost or int(self._loop.state.telemetry.interval[0]) >= self.task.horizon
         return self._loop.observe()[0], reward, self._over, False, self._info(signals, values, lost)
+
+    def close(self) -> None:
+        """Let go of the training; `reset` begins another."""
+        self._training = None
 
     @staticmethod
     def _info(signals: Mapping[str, float], values: Mapping[str, Array], lost: bool) -> dict[str, Any]:

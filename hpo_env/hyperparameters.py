@@ -54,11 +54,6 @@ class Hyperparameter:
         """The inverse of `to_scale`, clipped to the range and rounded to `multiple`."""
         return self._scales.from_scale(np.asarray(scaled)[..., None])[..., 0]
 
-    def room(self, value: Array) -> tuple[Array, Array]:
-        """As `Scales.room`."""
-        down, up = self._scales.room(np.asarray(value)[..., None])
-        return down[..., 0], up[..., 0]
-
     def normalize(self, value: Array) -> Array:
         """Value -> 0..1 on its scale."""
         return self._scales.normalize(np.asarray(value)[..., None])[..., 0]

@@ -21,21 +21,25 @@ from hpo_env.env import (
     Episode,
     Variation,
     action_space,
+    check_settings,
     draw_episode,
     observation_space,
+    observed,
     resolve_tasks,
-    unmeasured,
+    task_of,
 )
 from hpo_env.hyperparameters import CONTROLS, Array
 from hpo_env.rewards import diverged, log_fall
 from inner_models.batched_training import BatchedTraining
 from inner_models.tasks import Task, TaskDistribution, prepare
+from inner_models.torch_state import as_by_default
+from inner_models.workers import give_back_memory
 
 Batch = NDArray[np.float32]
 
 
 class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
-    """`HPOEnv` over the batched engine: the same episodes, step by step, for equal seeds.
+    """`HPOEnv` over the batched engine: the same episodes, step by step, for equal seeds, where every cohort is of one.
 
     The sub-environments are divided into cohorts of equal size. The replicas of a cohort share a task and train as one
     batch. With a task distribution, a cohort draws a new task once the task's horizon is over, and with it one episode
@@ -43,7 +47,13 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
     ends early (diverged) starts that episode again, and is truncated if its cohort moves on before it is done.
 
     Autoreset happens in the same step (`AutoresetMode.SAME_STEP`): `infos["final_obs"]` and `infos["final_info"]` hold
-    the end of the old episode. `reset(seed=s)` gives sub-environment i the seed s + i, as Gymnasium's own do.
+    the end of the old episode. `reset(seed=s)` gives sub-environment i the seed s + i, as Gymnasium's own do; of a
+    cohort that draws its tasks, the first one's counts.
+
+    Gymnasium's `RecordEpisodeStatistics`, `NormalizeReward` and `RescaleAction` for vector environments take it; those
+    that change observations, and stable-baselines3, want another autoreset, or single environments: give `make_vec`
+    `vectorization_mode="sync"`, which trains each run by itself. A copy of it, once it has been reset, is refused:
+    `state_dict` is for that.
 
     Args:
         num_envs: sub-environments, a multiple of `cohorts`.
@@ -74,9 +84,11 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
             raise ValueError(f"num_envs must be a positive multiple of cohorts, not {num_envs} for {cohorts} cohorts")
         self.num_envs = num_envs
         source = resolve_tasks(task, tasks)
+        check_settings(variation, base, dtype)
+        self._device = torch.device(device)
         size = num_envs // cohorts
         self._cohorts = [
-            _Cohort(size, source, variation or Variation(), base, torch.device(device), dtype) for _ in range(cohorts)
+            _Cohort(size, source, variation or Variation(), base, self._device, dtype) for _ in range(cohorts)
         ]
         self.single_observation_space = observation_space()
         self.single_action_space = action_space()
@@ -86,26 +98,31 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
 
     @property
     def tasks(self) -> list[Task]:
-        return [cohort.task for cohort in self._cohorts]
+        return [cohort.task for cohort in self._under_way()]
 
     @property
     def intervals(self) -> NDArray[np.int64]:
-        return np.concatenate([cohort.loop.state.telemetry.interval for cohort in self._cohorts])
+        return np.concatenate([cohort.loop.state.telemetry.interval for cohort in self._under_way()])
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Batch, dict[str, Any]]:
-        """Begin an episode everywhere. `options={"task": Task}` chooses the task of all cohorts for this episode."""
+        """Begin an episode everywhere. `options={"task": ...}` chooses the task of all cohorts for this episode."""
+        task = task_of(options)
         super().reset(seed=seed if isinstance(seed, int) else None)
         if seed is None or isinstance(seed, int | np.integer):
             seeds: list[int | None] = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
         else:
+            if not isinstance(seed, Sequence | np.ndarray):
+                raise TypeError(f"seed must be an integer, one for each sub-environment, or None, not {seed!r}")
             seeds = list(seed)
             if len(seeds) != self.num_envs:
                 raise ValueError(f"{len(seeds)} seeds for {self.num_envs} sub-environments")
         size = self.num_envs // len(self._cohorts)
-        for index, cohort in enumerate(self._cohorts):
-            cohort.reset(seeds[index * size : (index + 1) * size], (options or {}).get("task"))
+        self.close_extras()  # whatever fails from here on, no episode is under way
+        with as_by_default(self._device):
+            for index, cohort in enumerate(self._cohorts):
+                cohort.reset(seeds[index * size : (index + 1) * size], task)
         return self._observations(), self._infos([cohort.info for cohort in self._cohorts])
 
     def step(
@@ -115,8 +132,9 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions must have shape {self.action_space.shape}, not {actions.shape}")
         parts = np.split(actions.astype(np.float64), len(self._cohorts))
-        for cohort, part in zip(self._cohorts, parts, strict=True):
-            cohort.step(part)
+        with as_by_default(self._device):
+            for cohort, part in zip(self._under_way(), parts, strict=True):
+                cohort.step(part)
         terminated = np.concatenate([cohort.terminated for cohort in self._cohorts])
         truncated = np.concatenate([cohort.truncated for cohort in self._cohorts])
         over = terminated | truncated
@@ -139,7 +157,7 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
             ValueError: the environment has one task for good, or one chosen by `options`: its episodes have no common
                 beginning, or one that is not drawn.
         """
-        return {"cohorts": [cohort.state_dict() for cohort in self._cohorts]}
+        return {"cohorts": [cohort.state_dict() for cohort in self._under_way()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Batch:
         """Go on from `state_dict()` of an environment made with the same arguments, by training its episodes again as
@@ -154,9 +172,24 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
         found = [(len(cohort["rngs"]), cohort["actions"].shape[1]) for cohort in state["cohorts"]]
         if found != (own := [(len(self._cohorts[0].rngs),) * 2] * len(self._cohorts)):
             raise ValueError(f"the state is of cohorts of {found} replicas, not {own}")
-        for cohort, part in zip(self._cohorts, state["cohorts"], strict=True):
-            cohort.load_state_dict(part)
+        with as_by_default(self._device):
+            for cohort, part in zip(self._cohorts, state["cohorts"], strict=True):
+                cohort.load_state_dict(part)
         return self._observations()
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Let go of the trainings; `reset` begins others."""
+        for cohort in self._cohorts:
+            cohort.training = None
+
+    def _under_way(self) -> list[_Cohort]:
+        """
+        Raises:
+            gymnasium.error.ResetNeeded: there is no episode under way.
+        """
+        if any(cohort.training is None for cohort in self._cohorts):
+            raise gymnasium.error.ResetNeeded("call reset() first: there is no episode under way")
+        return self._cohorts
 
     def _observations(self) -> Batch:
         return np.concatenate([cohort.loop.observe() for cohort in self._cohorts])
@@ -192,7 +225,7 @@ class _Cohort:
         self._base, self._device, self._dtype = base, device, dtype
         self.rngs: list[np.random.Generator] = [seeding.np_random(None)[0] for _ in range(size)]
         self.final_info: dict[str, NDArray[Any]] = {}
-        self._training: BatchedTraining | None = None
+        self.training: BatchedTraining | None = None
 
     def reset(self, seeds: Sequence[int | None], task: Task | None) -> None:
         for index, seed in enumerate(seeds):
@@ -202,6 +235,8 @@ class _Cohort:
 
     def _begin(self, task: Task | None = None) -> None:
         """Start all replicas on one task: `task`, or the next one."""
+        self.training = None
+        give_back_memory()
         self._drawn_from = None if task or isinstance(self._source, Task) else [_state(rng) for rng in self.rngs]
         self._actions: list[Array] = []
         if task is None:
@@ -211,17 +246,16 @@ class _Cohort:
         self._drawn: Episode | None = None
         episodes = self._draw(range(self._size))
         data = prepare(task)
-        self._training = BatchedTraining(
-            task, [e.seed for e in episodes], data=data, device=self._device, dtype=self._dtype
-        )
+        training = BatchedTraining(task, [e.seed for e in episodes], data=data, device=self._device, dtype=self._dtype)
         self.loop = ControlLoop(
             self._size,
             horizon=task.horizon,
             rule=calibrated_rule(task.optimizer),
             given=self._base,
-            parameters=self._training.parameters,
+            parameters=training.parameters,
             momentum_sgd=task.optimizer == "sgd",
         )
+        self.training = training
         self._examples = float(data.interval_examples * task.horizon)
         self._unmeasured = np.zeros(self._size, bool)
         self._age = 0
@@ -253,10 +287,10 @@ class _Cohort:
         return [self._drawn] * len(rows)
 
     def _restart(self, rows: list[int], episodes: Sequence[Episode]) -> None:
-        assert self._training is not None
-        losses = self._training.evaluate("val")[rows]
+        assert self.training is not None
+        losses = self.training.evaluate("val")[rows]
         self._initial[rows] = self._previous[rows] = losses
-        lacking = {name: 0.0 for name in CONTROLS if name not in self._training.hyperparameters}
+        lacking = {name: 0.0 for name in CONTROLS if name not in self.training.hyperparameters}
         self.loop.restart(
             rows,
             {"val_loss": np.where([e.blind for e in episodes], np.nan, losses)},
@@ -271,14 +305,13 @@ class _Cohort:
             self.info[name][rows] = values[rows]
 
     def step(self, actions: Array) -> None:
-        if self._training is None:
-            raise gymnasium.error.ResetNeeded("call reset() before step(): there is no episode under way")
+        assert self.training is not None
         if self._drawn_from:
             self._actions.append(actions)
         values = self.loop.decide(actions)
-        signals = self._training.advance(values)
+        signals = self.training.advance(values)
         self.loop.tell_examples(self._examples)
-        self.loop.record(unmeasured(signals, self._unmeasured))
+        self.loop.record(observed(signals, self._unmeasured))
         self.rewards = log_fall(self._previous, signals["val_loss"], self._initial)
         lost = diverged(signals["train_loss"], signals["val_loss"], self._initial)
         self._previous = signals["val_loss"]
@@ -299,5 +332,5 @@ class _Cohort:
             rows = np.flatnonzero(over).tolist()
             episodes = self._draw(rows)
             for row, episode in zip(rows, episodes, strict=True):
-                self._training.restart(row, episode.seed)
+                self.training.restart(row, episode.seed)
             self._restart(rows, episodes)

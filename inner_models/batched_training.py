@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NoReturn, SupportsIndex
 
 import numpy as np
 import torch
@@ -78,6 +78,12 @@ class BatchedTraining:
             for start in range(0, self.replicas, size)
         ]
         self._block_of = [(block, row) for block in self._blocks for row in range(block.replicas)]
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "an engine cannot be copied or pickled, as the calls that it has recorded work on its own buffers: keep "
+            "snapshots of its replicas, or the state_dict of the environment"
+        )
 
     def restart(self, replica: int, seed: int) -> None:
         """Start one replica afresh from a new seed; the others are untouched."""

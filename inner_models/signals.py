@@ -103,6 +103,13 @@ class GradientMeter:
         """Detach from the optimizer."""
         self._handle.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_handle"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._handle = self._optimizer.register_step_pre_hook(self._before_step)  # copies of optimizers have no hooks
+
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
 
@@ -184,9 +191,22 @@ class _Sample:
         self.scale = sum(_entries(p, None).numel() for p in parameters) / max(1, self.size)
         dtype = torch.promote_types(parts[0].dtype, torch.float32) if parts else torch.float32
         self._rows = torch.zeros(4, self.size, dtype=dtype, device=parts[0].device if parts else "cpu")
-        split = [row.split([part.numel() for part in parts]) for row in self._rows] if parts else [[]] * 4
-        self._places = [[x.view(part.shape) for x, part in zip(row, parts, strict=True)] for row in split]
+        self._places = self._views()
         self._start, self._end, self._whole = _START, _START + 1, False
+
+    def _views(self) -> list[list[Tensor]]:
+        """Of each row, the part of each parameter, in the shape of its entries."""
+        shapes = [_entries(known.parameter, at).shape for known, at in zip(self._known, self._slices, strict=True)]
+        sizes = [shape.numel() for shape in shapes]
+        split = [row.split(sizes) for row in self._rows] if shapes else [[]] * 4
+        return [[x.view(shape) for x, shape in zip(row, shapes, strict=True)] for row in split]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_places"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._places = self._views()
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
         """Whether it is of these parameters, neither moved nor converted since."""

@@ -65,14 +65,16 @@ class Task:
     def __post_init__(self) -> None:
         if self.optimizer not in get_args(OptimizerName):
             raise ValueError(f"optimizer {self.optimizer!r} is not one of {', '.join(get_args(OptimizerName))}")
-        if self.horizon < 1:
-            raise ValueError(f"horizon must be at least 1 interval, not {self.horizon}")
+        if not isinstance(self.horizon, int) or self.horizon < 1:
+            raise ValueError(f"horizon must be a whole number of intervals, at least 1, not {self.horizon!r}")
         for name in ("interval_examples", "train_rows", "eval_rows"):
             value = getattr(self, name)
             if value is not None and value < MICRO_BATCH:
                 raise ValueError(f"{name} must be at least {MICRO_BATCH}, not {value}")
         if not 0 <= self.label_noise <= 1:
             raise ValueError(f"label_noise must lie in 0..1, not {self.label_noise}")
+        if not isinstance(self.regularizers, tuple):
+            raise ValueError(f"regularizers must be a tuple of names, not {self.regularizers!r}")
         for name in self.regularizers:
             if name not in get_args(Regularizer):
                 raise ValueError(unknown("regularizer", name, get_args(Regularizer)))
@@ -196,7 +198,7 @@ class TaskDistribution:
         horizons: range of intervals an episode.
         examples: range of training examples an episode; at least two micro-batches an interval.
         train_rows: range of the training subset's size, capped at what there is.
-        eval_rows: validation rows used.
+        eval_rows: validation rows used, of costly kinds their `COST_SHARE`; at least 128, as far as there are so many.
         noisy_share: share of tasks with label noise, drawn uniformly from 0.05..0.3.
         regularizers: of all tasks.
     """
@@ -219,6 +221,10 @@ class TaskDistribution:
             low, high = getattr(self, name)
             if not 1 <= low <= high:
                 raise ValueError(f"{name} must be a range of positive numbers, low to high, not {low}..{high}")
+        if self.train_rows[0] < MICRO_BATCH:
+            raise ValueError(f"train_rows must be at least {MICRO_BATCH}, not {self.train_rows[0]}")
+        if not 0 <= self.noisy_share <= 1:
+            raise ValueError(f"noisy_share must lie in 0..1, not {self.noisy_share}")
 
     def sample(self, rng: np.random.Generator) -> Task:
         """Draw a task. Costly models, by kind (`COST_SHARE`) and width, get fewer examples."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hpo_env import actions
 from hpo_env.actions import RANGES
-from hpo_env.hyperparameters import CONTROLS, by_name, in_columns
+from hpo_env.hyperparameters import CONTROLS, SCALES, by_name, in_columns
 
 FIRST = np.array([RANGES[name].first for name in CONTROLS])
 STEP = np.array([RANGES[name].step for name in CONTROLS])
@@ -57,7 +57,7 @@ def test_first_and_later_decisions_side_by_side() -> None:
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_offsets_are_limited(sign: int) -> None:
-    room = np.array([control.room(CENTRE[name])[max(sign, 0)][0] for name, control in CONTROLS.items()])
+    room = SCALES.room(np.stack(list(peaks().values()), 1))[max(sign, 0)][0]
     offsets = np.zeros((1, len(CONTROLS)))
     for _ in range(40):
         offsets = move(offsets, np.full((1, len(CONTROLS)), sign * np.inf), np.array([False]), peaks())

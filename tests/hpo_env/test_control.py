@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hpo_env.actions import RANGES
 from hpo_env.base_schedules import BaseRule, BaseSchedule
 from hpo_env.control import MAX_DECISIONS, ControlLoop, Intervals, epochs_per_decision
-from hpo_env.hyperparameters import CONTROLS
+from hpo_env.hyperparameters import CONTROLS, SCALES
 from hpo_env.observations import FEATURES
 from tests.rules import RULES, flat
 from tests.user_runs import through_a_file
@@ -370,8 +370,9 @@ def test_shifts_keep_to_the_controls_ranges() -> None:
     loop = make_loop(2, rule=flat(BASE))
     loop.restart([0, 1], shifts=np.array([[50.0] * 6, [-50.0] * 6]))
     rows = offsets_seen(loop)
+    downs, ups = SCALES.room(np.array([[getattr(BASE, name) for name in CONTROLS]]))
     for index, (name, control) in enumerate(CONTROLS.items()):
-        down, up = control.room(np.array([getattr(BASE, name)]))
+        down, up = downs[:, index], ups[:, index]
         limit = 2 * RANGES[name].limit  # of the feature
         assert rows[:, index] == pytest.approx([min(up[0], limit), max(down[0], -limit)], rel=1e-5), name
         if name != "lr":

@@ -7,6 +7,8 @@ import gc
 import pickle
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -22,7 +24,7 @@ import hpo_env
 from hpo_env.actions import RANGES
 from hpo_env.base_schedules import REGULARIZERS, BaseSchedule
 from hpo_env.env import Episode, HPOEnv, Variation, draw_episode, resolve_tasks
-from hpo_env.hyperparameters import CONTROLS
+from hpo_env.hyperparameters import CONTROLS, SCALES
 from hpo_env.observations import FEATURES
 from hpo_env.vector_env import HPOVectorEnv
 from inner_models.datasets import load_dataset
@@ -141,6 +143,127 @@ def test_round_trip_by_spec() -> None:
 def test_copies_made_before_reset(duplicate: Any) -> None:
     env = HPOEnv(tasks=DISTRIBUTION, variation=VARIATION)
     np.testing.assert_equal(rollout(duplicate(env), seed=2), rollout(env, seed=2))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_copies_made_in_mid_episode(duplicate: Any) -> None:
+    """They go on as the original does, gradient statistics included."""
+    env = HPOEnv(make_task(horizon=4), base=GENTLE)
+    env.reset(seed=3)
+    env.step(STAY)
+    twin = duplicate(env)
+    for _ in range(2):
+        np.testing.assert_equal(twin.step(STAY + 0.3), env.step(STAY + 0.3))
+    assert observed(env.step(STAY)[0])["gradients_missing"] == 0
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_running_engines_are_not_copied(duplicate: Any) -> None:
+    envs = HPOVectorEnv(2, task=make_task())
+    envs.reset(seed=0)
+    with pytest.raises(TypeError, match=r"cannot be copied or pickled.*state_dict"):
+        duplicate(envs._cohorts[0].training)
+    if duplicate is not copy.copy:
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            duplicate(envs)
+
+
+def surroundings() -> list[Any]:
+    return [
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16),
+        float64_by_default(),
+    ]
+
+
+@contextmanager
+def float64_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("number", range(4), ids=["no_grad", "inference_mode", "autocast", "float64"])
+@pytest.mark.parametrize("kind", [HPOEnv, HPOVectorEnv])
+def test_the_callers_torch_state_does_not_matter(kind: Any, number: int) -> None:
+    """Not even where an episode begins within it and goes on outside."""
+
+    def episode(surrounding: Any) -> list[Any]:
+        env = kind(task=make_task())
+        stay = np.zeros(env.action_space.shape, np.float32)
+        with surrounding:
+            return [env.reset(seed=5), env.step(stay), env.step(stay)]
+
+    expected = episode(nullcontext())
+    np.testing.assert_equal(episode(surroundings()[number]), expected)
+
+    env = kind(task=make_task())
+    with surroundings()[number]:
+        env.reset(seed=5)
+    np.testing.assert_equal(env.step(np.zeros(env.action_space.shape, np.float32)), expected[1])
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("kind", [HPOEnv, HPOVectorEnv])
+def test_after_a_reset_that_failed_or_close_no_episode_is_under_way(kind: Any) -> None:
+    env = kind(task=make_task())
+    stay = np.zeros(env.action_space.shape, np.float32)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="cnn"):
+        env.reset(options={"task": "iris/cnn"})
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(stay)
+    env.reset()
+    env.step(stay)
+    env.close()
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(stay)
+
+
+@pytest.mark.parametrize("kind", [HPOEnv, HPOVectorEnv])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": 5}, "a task must be a Task or the name of one, such as 'digits/mlp', not 5"),
+        ({"task": ""}, "task '' is not of the form"),
+        ({"tasks": (make_task(),)}, r"tasks must be a TaskDistribution, .* not \(Task"),
+        ({"variation": {}}, "variation must be a Variation, not {}"),
+        ({"base": {}}, "base must be a BaseSchedule, not {}"),
+        ({"base": replace(GENTLE, batch_size=20)}, "the base's batch_size must be a multiple of 16, not 20"),
+        ({"dtype": torch.bfloat16}, "dtype must be torch.float32 or torch.float64, not torch.bfloat16"),
+    ],
+)
+def test_bad_arguments_of_environments(kind: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        kind(**arguments)
+
+
+@pytest.mark.parametrize("kind", [HPOEnv, HPOVectorEnv])
+def test_bad_options(kind: Any) -> None:
+    env = kind(task=make_task())
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="the only option of reset is 'task', not 'reset_mask', 'tsak'"):
+        env.reset(options={"tsak": 1, "reset_mask": [True]})
+    with pytest.raises(TypeError, match=r"a task must be a Task or the name of one, .* not 7"):
+        env.reset(options={"task": 7})
+    env.step(np.zeros(env.action_space.shape, np.float32))  # the episode is still under way
+    env.reset(options={"task": "iris/mlp"})
+
+
+@pytest.mark.parametrize("kind", [HPOEnv, HPOVectorEnv])
+def test_a_loss_that_is_not_a_number_shows(kind: Any) -> None:
+    env = kind(task=make_task(), base=EXPLOSIVE)
+    env.reset(seed=0)
+    stay = np.zeros(env.action_space.shape, np.float32)
+    observation, _, terminated, _, info = env.step(stay)
+    assert np.all(terminated)
+    final, losses = (observation, info) if kind is HPOEnv else (info["final_obs"][0], info["final_info"])
+    assert np.isnan(losses["val_loss"]).all()
+    assert observed(final)["non_finite"] == 1
+    assert observed(final)["val_missing"] == 0
 
 
 def test_step_needs_an_episode() -> None:
@@ -386,8 +509,9 @@ def test_a_base_that_is_off_shows_in_an_episode() -> None:
         observation, info = env.reset(seed=seed)
         shifts = draw_episode(np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))), env._variation).shifts
         features, base = observed(observation), base_of(env, 3 * 64)
-        for (name, control), shift in zip(CONTROLS.items(), shifts, strict=True):
-            down, up = control.room(np.asarray(RULES["adamw"].schedule(3 * 64, parameters_of(env)).to_dict()[name]))
+        rule = RULES["adamw"].schedule(3 * 64, parameters_of(env)).to_dict()
+        ways = zip(*SCALES.room(np.array([rule[name] for name in CONTROLS])), strict=True)
+        for name, shift, (down, up) in zip(CONTROLS, shifts, ways, strict=True):
             if name != "batch_size":  # that one is rounded
                 expected = np.clip(shift, down, up) / RANGES[name].limit
                 assert features[f"{name}_offset"] == pytest.approx(expected, abs=1e-6)
@@ -457,7 +581,7 @@ def test_the_test_split_is_out_of_reach(name: str, kind: type[HPOEnv] | type[HPO
     assert holds(env, dataset.train.inputs)
     assert holds(env, dataset.val.inputs)
     assert not holds(env, dataset.test.inputs)
-    training = env._training if kind is HPOEnv else env._cohorts[0]._training
+    training = env._training if kind is HPOEnv else env._cohorts[0].training
     with pytest.raises(LookupError, match="made without the test split"):
         training.evaluate("test")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpo_env.hyperparameters import CONTROLS, SCALES, Binding, Hyperparameter, finite_positive
+from hpo_env.hyperparameters import CONTROLS, SCALES, Array, Binding, Hyperparameter, Scales, finite_positive
 from inner_models.augmentation import Augment
 
 HYPERPARAMETERS = [*CONTROLS.values(), Hyperparameter("momentum", 0.01, 0.999, "logit")]
@@ -60,28 +60,33 @@ def test_all_at_once_are_each_by_itself() -> None:
     )
     values[:9] *= 0.01
     values[9:18] *= 1.7
-    for method in ("to_scale", "from_scale", "normalize", "room"):
+    for method in ("to_scale", "from_scale", "normalize"):
         together = np.array(getattr(SCALES, method)(values))
         for index, control in enumerate(CONTROLS.values()):
             assert together[..., index].tolist() == np.array(getattr(control, method)(values[:, index])).tolist()
 
 
+def room(hyperparameter: Hyperparameter, values: Array) -> Array:
+    """Of `Scales.room`, `[2, values]`: down and up."""
+    return np.stack(Scales([hyperparameter]).room(values[:, None]))[..., 0]
+
+
 @pytest.mark.parametrize("hyperparameter", HYPERPARAMETERS, ids=ids)
 def test_room_is_the_way_to_the_ends(hyperparameter: Hyperparameter) -> None:
     values = hyperparameter.denormalize(np.array([0.0, 0.3, 1.0]))
-    down, up = hyperparameter.room(values)
+    down, up = room(hyperparameter, values)
     scaled = hyperparameter.to_scale(values)
     assert hyperparameter.from_scale(scaled + down) == pytest.approx([hyperparameter.low] * 3)
     assert hyperparameter.from_scale(scaled + up) == pytest.approx([hyperparameter.high] * 3)
     assert (down[0], up[2]) == pytest.approx((0, 0), abs=1e-12)
     assert (down[1:] < 0).all()
     assert (up[:2] > 0).all()
-    down, up = hyperparameter.room(np.array([hyperparameter.high + 9.0]))
+    down, up = room(hyperparameter, np.array([hyperparameter.high + 9.0]))
     assert (down[0], up[0]) == (pytest.approx(scaled[0] - scaled[2]), 0)  # none above the range, and all the way back
 
 
 def test_room_by_hand() -> None:
-    down, up = CONTROLS["lr"].room(np.array([1e-3]))
+    down, up = room(CONTROLS["lr"], np.array([1e-3]))
     assert [down[0], up[0]] == pytest.approx([math.log(1e-3), math.log(1e3)])
 
 

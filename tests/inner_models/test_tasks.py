@@ -29,7 +29,9 @@ from inner_models.tasks import (
     ("field", "value", "message"),
     [
         ("optimizer", "adam", "optimizer 'adam' is not one of adamw, sgd"),
-        ("horizon", 0, "horizon must be at least 1 interval, not 0"),
+        ("horizon", 0, "horizon must be a whole number of intervals, at least 1, not 0"),
+        ("horizon", 4.0, "horizon must be a whole number of intervals, at least 1, not 4.0"),
+        ("regularizers", ["augmentation"], r"regularizers must be a tuple of names, not \['augmentation'\]"),
         ("interval_examples", 15, "interval_examples must be at least 16, not 15"),
         ("train_rows", 0, "train_rows must be at least 16, not 0"),
         ("eval_rows", -1, "eval_rows must be at least 16, not -1"),
@@ -309,6 +311,13 @@ def test_ranges_that_are_none(field: str, bad: tuple[int, int]) -> None:
     arguments: dict[str, Any] = {field: bad}
     with pytest.raises(ValueError, match=rf"{field} must be a range of positive .* not {bad[0]}\.\.{bad[1]}"):
         replace(DISTRIBUTION, **arguments)
+
+
+def test_other_settings_that_are_none() -> None:
+    with pytest.raises(ValueError, match="train_rows must be at least 16, not 4"):
+        replace(DISTRIBUTION, train_rows=(4, 80))
+    with pytest.raises(ValueError, match=r"noisy_share must lie in 0\.\.1, not 5"):
+        replace(DISTRIBUTION, noisy_share=5.0)
 
 
 def test_samples_can_be_prepared() -> None:

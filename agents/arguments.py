@@ -37,7 +37,7 @@ class OptionalArguments(TypedDict, total=False):
 
     criterion: nn.Module | None
     start: Literal["policy", "given"]
-    max_factor: float
+    max_factor: float | None
     controls: Sequence[str] | None
     initial_loss: float | Tensor | None
     signals: Sequence[str]
@@ -111,6 +111,30 @@ def chosen(controls: Sequence[str] | None, available: Sequence[str]) -> tuple[st
     return tuple(name for name in available if name in controls)
 
 
+def check_kinds(
+    optimizer: torch.optim.Optimizer,
+    loader: Loader | None,
+    model: nn.Module | None,
+    criterion: nn.Module | None,
+    writer: ScalarWriter | None,
+) -> None:
+    """Whether they are what they are to be, or like it.
+
+    Raises:
+        ValueError: one of them is not.
+    """
+    kinds = (
+        ("optimizer", optimizer, ("param_groups", "register_step_pre_hook"), "a torch.optim.Optimizer"),
+        ("loader", loader, ("batch_sampler", "dataset"), "the DataLoader itself"),
+        ("model", model, ("modules", "state_dict"), "an nn.Module"),
+        ("criterion", criterion, ("modules",), "an nn.Module"),
+        ("writer", writer, ("add_scalar",), "a SummaryWriter"),
+    )
+    for name, given, has, kind in kinds:
+        if (name == "optimizer" or given is not None) and not all(hasattr(given, attribute) for attribute in has):
+            raise ValueError(f"{name} must be {kind}, not {short(given)}")
+
+
 def check_run(policy: ControlPolicy, optimizer: torch.optim.Optimizer, signals: Sequence[str]) -> None:
     """Whether the policy can control a run that has this optimizer and gives these signals.
 
@@ -119,6 +143,8 @@ def check_run(policy: ControlPolicy, optimizer: torch.optim.Optimizer, signals: 
         PolicyError: the policy needs other signals.
     """
     for group in optimizer.param_groups:
+        if "lr" not in group:
+            raise ValueError(f"a parameter group of {type(optimizer).__name__} has no lr, which is what the tuner sets")
         for name in ("lr", "weight_decay"):
             value = group.get(name, 0.0)
             if value is None or not 0 <= float(value) < math.inf:

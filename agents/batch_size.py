@@ -31,6 +31,7 @@ class BatchSize:
     def __init__(self, batch_size: int, batches_per_step: int = 1) -> None:
         self._rows, self._batches, self._most = batch_size, batches_per_step, sys.maxsize
         self.samplers: list[HasBatchSize] = []
+        self._lent: list[tuple[HasBatchSize, int]] = []
 
     @property
     def batch_size(self) -> int:
@@ -48,8 +49,17 @@ class BatchSize:
         if getattr(sampler, "drop_last", False) and (rows := rows or rows_of(sampler)):
             self._most = min(self._most, rows)
             self._rows = min(self._rows, rows)
+        if not isinstance(sampler, BatchSampler):  # ours have none of their own
+            self._lent.append((sampler, sampler.batch_size))
         sampler.batch_size = self._rows
         self.samplers.append(sampler)
+
+    def give_back(self) -> None:
+        """Set the batch sizes that the samplers had before, and follow them no more."""
+        for sampler, size in self._lent:
+            sampler.batch_size = size
+        self._lent.clear()
+        self.samplers.clear()
 
     def state_dict(self) -> list[Any]:
         """The row orders' generators of the samplers that are this project's, as plain values."""

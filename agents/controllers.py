@@ -23,11 +23,8 @@ from inner_models.training import Training
 
 from .application import Cohort, Controller, MakeController, Run
 from .policy import ControlPolicy
-from .tuner import Tuner
+from .tuner import MAX_FACTOR, Tuner
 from .watch import LOWERED, Finding, Watch
-
-GIVEN_FACTOR = 1000.0
-"""The tuner's `max_factor`, as it comes."""
 
 _KNOWN = (
     "progress",
@@ -130,7 +127,7 @@ class Attached:
             given=given,
             parameters=cohort.parameters,
             momentum_sgd=sgd,
-            max_factor=GIVEN_FACTOR if method.start == "given" else math.inf,
+            max_factor=MAX_FACTOR if method.start == "given" else math.inf,
         )
         has = set(cohort.hyperparameters) & set(method.policy.header.controls)
         stays = {"batch_size"} if method.batch_size is not None else set()

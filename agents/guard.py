@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .tolerance import Notices
-from .watch import Finding, Watch
+from .watch import FRUITLESS, Finding, Watch
+
+_MEANING = {
+    False: "the losses themselves must have changed their meaning. They are believed from now on (guard=False does so "
+    "from the start)",
+    True: "the training loss is finite, so validation must be what is broken (a bad row, a mean over nothing). Its "
+    "loss counts as not measured until it is finite",
+}
+"""What it means that taking a run back does not help, by whether validation alone is not finite."""
 
 
 class Guard:
@@ -22,22 +30,33 @@ class Guard:
         self._model, self._optimizer, self._notices = model, optimizer, notices
         self._lowers_lr = lowers_lr
         self._watch = Watch()
+        self._divergences = 0  # in a row
         self._snapshot: dict[str, Any] = {}
         self._take()
+
+    @property
+    def validation_is_broken(self) -> bool:
+        """As in `Watch`."""
+        return self._watch.validation_is_broken
+
+    def begin(self) -> None:
+        """Training begins, from the state that there is now: weights may have been loaded since."""
+        with self._notices.surviving("keeping a snapshot"):
+            self._take()
 
     def check(self, epoch: int, losses: Mapping[str, float]) -> Finding:
         """Look at an epoch's losses, one or more. A new best is remembered with the run's state, to which a divergence
         takes it back.
         """
         found = self._watch.check(losses)
+        self._divergences = self._divergences + 1 if found.verdict else 0
         if found.taken_back:
             self._notices.tell(
                 "taken back",
-                "epoch %d: as bad after %d restores in a row: the losses themselves must have changed their meaning. "
-                "They are believed from now on%s; guard=False does so from the start",
+                f"epoch %d: as bad after %d restores in a row: {_MEANING[self.validation_is_broken]}%s",
                 epoch,
                 found.taken_back,
-                " and lr is back where it was" if self._lowers_lr else "",
+                "; lr is back where it was" if self._lowers_lr else "",
             )
         if found.improved:
             with self._notices.surviving("keeping a snapshot"):
@@ -48,6 +67,15 @@ class Guard:
                 self.restore()
                 self._notices.tell(
                     "divergence", "epoch %d: %s; restored the best snapshot%s", epoch, found.verdict, then
+                )
+            if self._divergences > FRUITLESS:
+                self._notices.tell(
+                    "lost",
+                    "epoch %d: %s, %d times in a row: nothing is learned any more, as the run is taken back each time. "
+                    "Look for what is not finite in the data, the model or the loss",
+                    epoch,
+                    found.verdict,
+                    self._divergences,
                 )
         return found
 

@@ -31,7 +31,7 @@ from .untrusted import integer, table
 from .user_run import batch_sampler, batch_size_of, losses_of, own_optimizer
 from .watch import LOWERED
 
-VERSION = 3
+VERSION = 4
 
 _log = logging.getLogger("hyperpilot")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -37,10 +38,16 @@ class Notices:
 
 
 class TolerantMeter(GradientMeter):
-    """A gradient meter in which a failure costs its signals and not the optimizer's step."""
+    """A gradient meter in which a failure costs its signals and not the optimizer's step.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, notices: Notices) -> None:
-        self._notices, self._trained = notices, False
+    Args:
+        before_training: called once, before the optimizer's first step; never after `resume`.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, notices: Notices, before_training: Callable[[], None] | None = None
+    ) -> None:
+        self._notices, self._trained, self._before_training = notices, False, before_training
         super().__init__(optimizer)
 
     def begin(self) -> None:
@@ -53,7 +60,14 @@ class TolerantMeter(GradientMeter):
         """As in `GradientMeter`; nothing where that fails."""
         measured, idle = bool(self._measured), not self.steps
         if idle and self._trained:
-            self._notices.tell("idle", "no optimizer step since the last epoch: is step called more often?")
+            self._notices.tell(
+                "idle",
+                "no optimizer step since the last epoch: is step called more often, or another optimizer trained with?",
+            )
+        elif idle:
+            self._notices.tell(
+                "never", "the optimizer that this was made with has taken no step: is it the one that is trained with?"
+            )
         self._trained = self._trained or not idle
         with self._notices.surviving(_MEASURING):
             signals = super().finish()
@@ -62,6 +76,17 @@ class TolerantMeter(GradientMeter):
             return signals
         self.begin()
         return {}
+
+    def resume(self) -> None:
+        """Training has begun elsewhere, and goes on here."""
+        self._before_training = None
+        self.begin()
+
+    def _before_step(self, *arguments: Any) -> Any:
+        if self._before_training is not None:
+            self._before_training()
+            self._before_training = None
+        return super()._before_step(*arguments)
 
     def _measure(self, optimizer: torch.optim.Optimizer) -> None:
         with self._notices.surviving(_MEASURING):

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, ClassVar, Literal, Self, SupportsIndex, Unpack
 
 import numpy as np
@@ -19,7 +20,7 @@ from hpo_env.control import ControlLoop, Intervals, epochs_per_decision
 from hpo_env.hyperparameters import CONTROLS, Array, Binding, HasBatchSize
 from inner_models.sampling import BatchSampler
 
-from .arguments import TunerArguments, check_run, chosen, count, real, warn_of_misfits
+from .arguments import TunerArguments, check_kinds, check_run, chosen, count, real, warn_of_misfits
 from .batch_size import Loader, batch_in, examples_in, rows_of
 from .board import group_values, write_decision, write_epoch
 from .files import ScalarWriter
@@ -38,6 +39,9 @@ PRETRAINED = "pretrained.safetensors"
 
 ASSUMED_BATCH = 32
 """Examples that an optimizer step is taken to use where neither epochs nor batches are known in examples."""
+
+MAX_FACTOR = 1000.0
+"""How far values may go from those that are given, where nobody says."""
 
 _log = logging.getLogger("hyperpilot")
 
@@ -71,7 +75,8 @@ class Tuner:
             `batch_sampler`, whose row order is part of the tuner's state.
         start: `policy` chooses absolute values; `given` takes the run's own values (with warm-up and cosine decay) as
             the base and stays within `max_factor` of that.
-        max_factor: see `start`. 1,000 is enough to mend a bad start; to fine-tune near your own values, give 3.
+        max_factor: see `start`, without which it is an error. 1,000, where it is left out, is enough to mend a bad
+            start; to fine-tune near your own values, give 3.
         controls: names of the controls that the policy may move; all that the run has and the policy knows when None.
         initial_loss: validation loss before training, if known: a signal like any other.
         signals: names of the losses that the run will give to `step`.
@@ -117,7 +122,7 @@ class Tuner:
         examples_per_epoch: int | None = None,
         batch_size: int | None = None,
         start: Literal["policy", "given"] = "policy",
-        max_factor: float = 1000.0,
+        max_factor: float | None = None,
         controls: Sequence[str] | None = None,
         initial_loss: float | Tensor | None = None,
         signals: Sequence[str] = ("train_loss", "val_loss"),
@@ -125,10 +130,13 @@ class Tuner:
         writer: ScalarWriter | None = None,
     ) -> None:
         optimizer = own_optimizer(optimizer)
+        check_kinds(optimizer, loader, model, criterion, writer)
         total_epochs = count("total_epochs", total_epochs)
         if start not in ("policy", "given"):
             raise ValueError(f"start must be 'policy' or 'given', not {start!r}")
-        max_factor = real("max_factor", max_factor)
+        if max_factor is not None and start == "policy":
+            raise ValueError(f"max_factor={short(max_factor)} is for start='given', to stay near your own values")
+        max_factor = real("max_factor", MAX_FACTOR if max_factor is None else max_factor)
         if not max_factor > 1:
             raise ValueError(f"max_factor must be above 1, not {max_factor}")
         examples = None if examples_per_epoch is None else count("examples_per_epoch", examples_per_epoch)
@@ -143,7 +151,7 @@ class Tuner:
         known = averaged(known, model)
         if not all(map(math.isfinite, known.values())):
             self._notices.tell("initial", "initial_loss=%g is taken as not known", known.pop("val_loss"))
-        self.policy, self.total_epochs = policy, total_epochs
+        self.policy, self._total_epochs = policy, total_epochs
         self._optimizer, self._model, self._writer = optimizer, model, writer
         self._binding = Binding(optimizer, model, None if self._batch_size_stays else self._batch_size, criterion)
         sgd = isinstance(optimizer, torch.optim.SGD)
@@ -170,7 +178,7 @@ class Tuner:
         self._guard = self._made_guard() if guard and model is not None else None
         if self._guard and known:
             self._guard.check(0, known)
-        self._meter = TolerantMeter(optimizer, self._notices)
+        self._meter = TolerantMeter(optimizer, self._notices, self._guard.begin if self._guard else None)
         self._policy_state: Any = None
         self._verdict: str | None = None
         self._history: list[dict[str, Any]] = []
@@ -212,6 +220,11 @@ class Tuner:
         return self._history
 
     @property
+    def total_epochs(self) -> int:
+        """The run's length. It stays: another one is another schedule, and another tuner."""
+        return self._total_epochs
+
+    @property
     def epoch(self) -> int:
         """Epochs finished."""
         return self._intervals.epoch
@@ -239,12 +252,15 @@ class Tuner:
         Raises:
             ValueError: a loss is neither a number nor None; nothing has changed then.
         """
-        losses = losses_of(self._model, train_loss, val_loss)
+        told = losses = losses_of(self._model, train_loss, val_loss)
+        if self._guard and self._guard.validation_is_broken and math.isinf(told.get("val_loss", 0.0)):
+            losses = {name: value for name, value in told.items() if name != "val_loss"}
         missing = [name for name in self.policy.header.required_signals if name not in losses]
         if missing:
             self._notices.tell("missing", "epoch %d: %s not measured", self.epoch + 1, " and ".join(missing))
         used = self._moved(self.hyperparameters)
         self._warn_if_overwritten(used)
+        self._warn_of_new_groups()
         steps, self._whole = self._meter.steps if self._whole else 0, True
         if steps:
             self._learn_from(steps)
@@ -253,7 +269,7 @@ class Tuner:
         self._write({name: value for name, value in measured.items() if not math.isnan(value)}, used)
         if interval is not None:
             self._loop.record(interval)
-        verdict, factor = self._guarded(losses)
+        verdict, factor = self._guarded(told)
         if steps and self._told:
             self._loop.tell_batch_size(self._told / steps, may_raise_lr=not verdict)
         self._epochs.append({"values": used, "losses": losses, "guard": verdict})
@@ -341,7 +357,7 @@ class Tuner:
         self._set(state["hyperparameters"])
         self._unexplained.clear()
         self._history, self._epochs = copy.deepcopy(state["history"]), copy.deepcopy(state["epochs"])
-        self._meter.begin()
+        self._meter.resume()
         self._whole = not state["steps"]
         if state["policy"] != self.policy.digest:
             self._notices.tell("policy", "the state is of a run with another policy; from now on this one decides")
@@ -364,8 +380,10 @@ class Tuner:
         }
 
     def close(self) -> None:
-        """Take the measuring hook off the optimizer."""
+        """Take the measuring hook off the optimizer, and give the loader its own batch size back."""
         self._meter.close()
+        if self._batch_size:
+            self._batch_size.give_back()
 
     def _made_guard(self) -> Guard:
         assert self._model is not None
@@ -414,7 +432,12 @@ class Tuner:
                     "give loader or examples_per_epoch",
                     self.epoch + 1,
                 )
-        elif self._batch_size and self._examples and self._examples / steps > 1.5 * batch:
+        elif (
+            self._batch_size
+            and self._examples
+            and self._examples / steps > 1.5 * batch
+            and self.epoch + 1 < self.total_epochs  # a last epoch may be cut short
+        ):
             self._notices.tell(
                 "batches",
                 "epoch %d: %d examples made %d optimizer steps, with batches of %d: give batches_per_step (gradient "
@@ -488,6 +511,18 @@ class Tuner:
                 self.epoch + 1,
                 " and ".join(f"{name} {used[name]:g}" for name in others),
             )
+
+    def _warn_of_new_groups(self) -> None:
+        added = self._optimizer.param_groups[len(self._binding.shares["lr"]) :]
+        for rate in (float(group["lr"]) for group in added):
+            if "lr" in self._controls and not math.isclose(rate, self._written["lr"], rel_tol=1e-6):
+                self._notices.tell(
+                    "groups",
+                    "epoch %d: a parameter group was added with lr %g, and has the largest of all groups from now on: "
+                    "for a share of what the tuner sets, add the group before the tuner is made",
+                    self.epoch + 1,
+                    rate,
+                )
 
     def _write(self, signals: Mapping[str, float], used: Mapping[str, float]) -> None:
         """Write an epoch that is over, and the decision that it began with, if it began with one."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from .untrusted import Check, anything, items, number, table
 
-VERSION = 5
+VERSION = 6
 
 
 def check(state: Any, own: Mapping[str, Any]) -> None:

@@ -13,7 +13,8 @@ LOWERED = 0.25
 """Factor on the learning rate after a divergence."""
 
 FRUITLESS = 3
-"""After so many divergences in a row, all of finite losses, a learning rate of 1/64 has not helped: it was not that."""
+"""After so many divergences in a row, all of finite losses or all of the validation loss alone, a learning rate of 1/64
+has not helped: it was not that."""
 
 
 class Finding(NamedTuple):
@@ -37,13 +38,26 @@ class Watch:
         self._first: dict[str, float] = {}
         self._best: dict[str, float] = {}
         self._in_a_row = 0  # more than FRUITLESS, and for good, once verdicts were taken back
+        self._unmeasured = 0  # intervals in a row whose validation loss alone is not finite
+
+    @property
+    def validation_is_broken(self) -> bool:
+        """Whether a validation loss that is not finite counts as not measured, since restoring did not help."""
+        return self._unmeasured > FRUITLESS
 
     def check(self, signals: Mapping[str, float]) -> Finding:
         """Take in an interval's losses, `train_loss` and `val_loss` or one of them. Those of a diverged run are not
         remembered. If it comes out just as bad however often it is taken back, its losses have changed their meaning
-        (an annealed term, an adversary), and from then on only one that is not finite is a divergence.
+        (an annealed term, an adversary), and from then on only one that is not finite is a divergence. Where it is
+        validation alone that is not finite, however often, validation is what is broken, until it is finite again.
         """
         broken = [name for name, value in signals.items() if not math.isfinite(value)]
+        alone = broken == ["val_loss"] and "train_loss" in signals
+        self._unmeasured = min(self._unmeasured + 1, FRUITLESS + 2) if alone else 0
+        if self.validation_is_broken:
+            if self._unmeasured == FRUITLESS + 1:
+                return Finding(taken_back=FRUITLESS)
+            signals, broken = {"train_loss": signals["train_loss"]}, []
         if broken:
             if self._in_a_row <= FRUITLESS:
                 self._in_a_row = 0
@@ -67,7 +81,8 @@ class Watch:
         return Finding(None, improved, taken_back)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": dict(self._first), "best": dict(self._best), "in_a_row": self._in_a_row}
+        counts = {"in_a_row": self._in_a_row, "unmeasured": self._unmeasured}
+        return {"first": dict(self._first), "best": dict(self._best), **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`.
@@ -75,12 +90,14 @@ class Watch:
         Raises:
             ValueError: it is damaged; everything stays as it was.
         """
-        first, best, in_a_row = state["first"], state["best"], state["in_a_row"]
+        first, best, counts = state["first"], state["best"], (state["in_a_row"], state["unmeasured"])
         if first.keys() != best.keys() or not all(map(math.isfinite, [*first.values(), *best.values()])):
             raise ValueError(f"the guard's losses are damaged: {short(first)}, {short(best)}")
-        if type(in_a_row) is not int or not 0 <= in_a_row <= FRUITLESS + 1:
-            raise ValueError(f"the guard's count of divergences is damaged: {short(in_a_row)}")
-        self._first, self._best, self._in_a_row = dict(first), dict(best), in_a_row
+        for count, most in zip(counts, (FRUITLESS + 1, FRUITLESS + 2), strict=True):
+            if type(count) is not int or not 0 <= count <= most:
+                raise ValueError(f"the guard's count of divergences is damaged: {short(count)}")
+        self._first, self._best = dict(first), dict(best)
+        self._in_a_row, self._unmeasured = counts
 
     def _diverged(self, signals: Mapping[str, float]) -> str | None:
         """What is wrong with finite losses, if anything."""

@@ -13,7 +13,6 @@ from torch import nn
 
 from agents.application import Cohort, MakeController, Run, train, train_cohort
 from agents.controllers import (
-    GIVEN_FACTOR,
     GRID,
     Attached,
     Replay,
@@ -21,7 +20,7 @@ from agents.controllers import (
     with_policy,
 )
 from agents.policy import ControlPolicy
-from agents.tuner import Tuner
+from agents.tuner import MAX_FACTOR, Tuner
 from hpo_env.base_schedules import BaseSchedule, calibrated
 from hpo_env.hyperparameters import CONTROLS, Array, Binding
 from inner_models.batched_training import BatchedTraining
@@ -237,8 +236,8 @@ def test_given_values_are_left_by_a_factor_of_a_thousand_at_most(action: float) 
     run = train_cohort(task, WithPolicy(policy, start="given", lr_factor=factor, record=True), [0])[0]
     same(run, train(task, tuned(policy, tuners, values=in_order(own), start="given"), 0), tuners[-1])
     reached = np.array(run.controls["lr"]) / own.values(middles(task))["lr"]
-    assert GIVEN_FACTOR == 1000
-    assert reached[3:8] == pytest.approx([GIVEN_FACTOR**action] * 5)
+    assert MAX_FACTOR == 1000
+    assert reached[3:8] == pytest.approx([MAX_FACTOR**action] * 5)
 
 
 SCHEDULE = BaseSchedule(lr=0.01, batch_size=32, weight_decay=0.01, dropout=0.1)

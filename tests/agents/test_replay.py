@@ -315,7 +315,7 @@ Change = Callable[[dict[str, Any]], Any]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update(version=4), "version"),
+        (lambda s: s.update(version=5), "version"),
         (lambda s: s.clear(), "version"),
         (lambda s: s["settings"].update(total_epochs=9), "another trajectory, or with other arguments"),
         (lambda s: s["settings"].update(trajectory="0"), "another trajectory"),
@@ -327,6 +327,7 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda s: s.update(samplers=[{}]), "samplers"),
         (lambda s: s["guard"].pop("snapshot"), "snapshot"),
         (lambda s: s["guard"].update(in_a_row=5), "count of divergences is damaged: 5"),
+        (lambda s: s["guard"].update(unmeasured=6), "count of divergences is damaged: 6"),
     ],
 )
 def test_a_damaged_state_changes_nothing(change: Change, message: str, path: Path) -> None:

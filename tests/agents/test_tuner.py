@@ -315,7 +315,6 @@ def test_given_values_stay_within_the_factor(
         {"batch_size": 0},
         {"start": "given", "max_factor": 1.0},
         {"start": "given", "max_factor": math.nan},
-        {"max_factor": 1.0},
         {"initial_loss": "much"},
     ],
 )
@@ -325,6 +324,33 @@ def test_bad_arguments(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{name} must be .*{value}") as caught:
         Tuner(random_policy(), run.optimizer, **{"model": run.model, "total_epochs": EPOCHS, **arguments})
     assert "\n" not in str(caught.value)
+
+
+def test_max_factor_is_for_given_values() -> None:
+    with pytest.raises(ValueError, match="max_factor=3 is for start='given', to stay near your own values"):
+        Tuner(random_policy(), Loop().optimizer, total_epochs=EPOCHS, max_factor=3)
+
+
+def test_the_length_stays() -> None:
+    tuner = Tuner(random_policy(), Loop().optimizer, total_epochs=EPOCHS)
+    with pytest.raises(AttributeError, match="total_epochs"):
+        tuner.total_epochs = 20  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("optimizer", nn.Linear(2, 2), "a torch.optim.Optimizer, not Linear"),
+        ("loader", [(1, 2)], r"the DataLoader itself, not \[\(1, 2\)\]"),
+        ("model", "m", "an nn.Module, not 'm'"),
+        ("criterion", nn.functional.cross_entropy, "an nn.Module, not <function cro"),
+        ("writer", "runs/x", "a SummaryWriter, not 'runs/x'"),
+    ],
+)
+def test_what_is_of_another_kind(name: str, value: Any, kind: str) -> None:
+    arguments: dict[str, Any] = {"optimizer": Loop().optimizer, "total_epochs": EPOCHS, name: value}
+    with pytest.raises(ValueError, match=f"{name} must be {kind}"):
+        Tuner(random_policy(), **arguments)
 
 
 def test_a_bad_construction_leaves_the_optimizer_alone() -> None:
@@ -377,11 +403,13 @@ def test_no_batch_size_to_follow() -> None:
 
 def test_more_epochs_than_total(caplog: pytest.LogCaptureFixture) -> None:
     run = Loop()
-    tuner = Tuner(random_policy(), run.optimizer, model=run.model, total_epochs=2)
+    tuner = Tuner(random_policy(), run.optimizer, model=run.model, total_epochs=2, examples_per_epoch=ROWS)
+    run.optimizer.step()
     tuner.step(train_loss=1.0, val_loss=1.0)
     values = tuner.hyperparameters
     for epoch in range(4):
         assert len(caplog.records) == (epoch > 1), epoch
+        run.optimizer.step()
         assert tuner.step(train_loss=1.0, val_loss=1.0) == values
     assert "more epochs than total_epochs=2" in caplog.messages[0]
     assert tuner.epoch == 5

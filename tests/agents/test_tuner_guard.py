@@ -141,21 +141,65 @@ def test_a_divergence_before_the_first_good_epoch() -> None:
 
 
 @pytest.mark.parametrize("start", ["policy", "given"])
-def test_divergences_in_a_row(start: Any) -> None:
-    """Each restores the same snapshot, whatever was trained since, and each quarters the learning rate."""
-    run, tuner = guarded(start=start, max_factor=2.0)
+def test_divergences_in_a_row(start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Each restores the same snapshot, whatever was trained since, and each quarters the learning rate; after three of
+    them there is another warning."""
+    run, tuner = guarded(start=start, max_factor=2.0 if start == "given" else None)
     reference = LR / BASE["adamw"].lr if start == "given" else 1.0
     tuner.step(train_loss=1.0, val_loss=run.epoch(0)[1])
     best, moments = run.weights(), copy.deepcopy(run.optimizer.state_dict()["state"])
     for divergences in range(1, 5):
         run.epoch(divergences)
         assert not equal(run.weights(), best)
-        tuner.step(train_loss=1.0, val_loss=math.nan)
+        tuner.step(train_loss=math.nan, val_loss=math.nan)
         assert equal(run.weights(), best)
         for index, state in run.optimizer.state_dict()["state"].items():
             assert all(torch.equal(value, moments[index][name]) for name, value in state.items())
+        assert ("4 times in a row: nothing is learned any more" in caplog.text) == (divergences == 4)
         lr = reference * base_lr(divergences + 1) / 4**divergences
         assert tuner.hyperparameters["lr"] == pytest.approx(lr, rel=0.05)
+
+
+def test_validation_that_is_broken_is_not_measured(caplog: pytest.LogCaptureFixture) -> None:
+    """As with a row that is not finite: the training loss is, and restoring does not help."""
+    run, tuner = guarded()
+    missing = tuner.policy.header.features.index("val_missing")
+    best = run.weights()
+    for epoch in range(3):
+        run.epoch(epoch)
+        tuner.step(train_loss=1.0, val_loss=math.nan)
+        assert equal(run.weights(), best)
+        assert tuner.hyperparameters["lr"] == pytest.approx(base_lr(epoch + 1) / 4 ** (epoch + 1))
+    for epoch in range(3, 6):
+        run.epoch(epoch)
+        trained = run.weights()
+        assert tuner.step(train_loss=1.0, val_loss=math.nan)["lr"] == pytest.approx(base_lr(epoch + 1))
+        assert equal(run.weights(), trained)
+        assert tuner.history[-1]["observation"][missing] == (epoch > 3)
+    assert "epoch 4: as bad after 3 restores in a row: the training loss is finite, so validation must" in caplog.text
+
+    other, again = guarded()
+    other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    again.load_state_dict(tuner.state_dict())
+    for which in (tuner, again):
+        assert which.step(train_loss=1.0, val_loss=math.nan)["lr"] == pytest.approx(base_lr(7))
+        which.step(train_loss=math.nan, val_loss=math.nan)  # what is not finite in training still counts
+        assert which.history[-1]["guard"] == "train_loss and val_loss not finite"
+        which.step(train_loss=1.0, val_loss=0.9)
+        which.step(train_loss=1.0, val_loss=math.nan)  # validation has worked since
+        assert which.history[-1]["guard"] == "val_loss not finite"
+
+
+def test_weights_that_are_loaded_after_the_tuner_is_made_are_what_a_divergence_goes_back_to() -> None:
+    run, tuner = guarded()
+    run.model.load_state_dict(Loop(seed=7).model.state_dict())
+    loaded = run.weights()
+    run.epoch(0)
+    tuner.step(train_loss=math.nan, val_loss=math.nan)
+    assert equal(run.weights(), loaded)
+    run.epoch(1)  # the second step is none to begin with
+    tuner.step(train_loss=math.nan, val_loss=math.nan)
+    assert equal(run.weights(), loaded)
 
 
 def test_losses_that_change_their_meaning_are_believed(caplog: pytest.LogCaptureFixture) -> None:

@@ -24,7 +24,7 @@ from torch.utils.data import (
 from agents import Tuner
 from inner_models import sampling
 from tests.tiny import random_policy
-from tests.user_runs import BASE, Loop, constant_policy, warmup_cosine
+from tests.user_runs import BASE, ROWS, Loop, constant_policy, warmup_cosine
 
 DATA = TensorDataset(torch.arange(200.0))
 
@@ -173,9 +173,55 @@ def test_who_else_sets_the_rate_is_noticed(caplog: pytest.LogCaptureFixture) -> 
         tuner.step(train_loss=1.0, val_loss=1.0)
         if epoch:
             scheduler.step(1.0)
-    (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    first, message = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert "has taken no step" in first
     assert message.startswith("epoch 4 was trained with lr ")
     assert "a scheduler perhaps" in message
+
+
+def test_a_closed_tuner_gives_the_batch_size_back() -> None:
+    """Else the next one, over the same loader, would take what this one left for the user's own."""
+    loader = DataLoader(TensorDataset(torch.arange(100.0)), batch_size=40)
+    for _ in range(2):
+        tuner = attached(loader, start="given", max_factor=2)
+        assert tuner.hyperparameters["batch_size"] == 80
+        tuner.close()
+        assert sizes(loader) == [40, 40, 20]
+
+
+def test_an_optimizer_that_takes_no_step_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    run, other = Loop(), Loop()
+    tuner = Tuner(constant_policy(), run.optimizer, total_epochs=6, examples_per_epoch=ROWS)
+    for _ in range(2):
+        other.epoch(0)
+        tuner.step(train_loss=1.0, val_loss=1.0)
+    assert "has taken no step: is it the one that is trained with?" in caplog.text
+    caplog.clear()
+    run.epoch(0)
+    tuner.step(train_loss=1.0, val_loss=1.0)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("rate", [None, 1e-5])
+def test_a_group_that_comes_late_loses_its_rate_with_a_word(
+    rate: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Loop()
+    tuner = Tuner(constant_policy(), run.optimizer, total_epochs=6, examples_per_epoch=ROWS)
+    rate_now = tuner.hyperparameters["lr"]
+    run.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "lr": rate or rate_now})
+    for _ in range(2):
+        run.epoch(0)
+        tuner.step(train_loss=1.0, val_loss=1.0)
+        assert run.optimizer.param_groups[-1]["lr"] == tuner.hyperparameters["lr"]
+    assert caplog.messages == (
+        [
+            "epoch 1: a parameter group was added with lr 1e-05, and has the largest of all groups from now on: for a "
+            "share of what the tuner sets, add the group before the tuner is made"
+        ]
+        if rate
+        else []
+    )
 
 
 def test_no_epoch_is_dropped_whole() -> None:
@@ -194,7 +240,9 @@ def test_a_decision_that_cannot_be_explained_is_taken(
         raise ZeroDivisionError
 
     monkeypatch.setattr("agents.tuner.reason", fails)
-    tuner = attached(None)
+    run = Loop()
+    tuner = Tuner(constant_policy(), run.optimizer, total_epochs=6, examples_per_epoch=ROWS)
+    run.optimizer.step()
     tuner.step(train_loss=1.0, val_loss=1.0)
     assert [entry["reason"] for entry in tuner.history] == ["", ""]
     assert [r.message for r in caplog.records if r.levelno == logging.WARNING] == [

@@ -57,7 +57,7 @@ class Fuzzed:
             "total_epochs": data.PickValueInList([6, 6, 70, 1, *ODD]),
             "examples_per_epoch": data.PickValueInList([None, None, 100, *ODD]),
             "batch_size": data.PickValueInList([None, 16, 48, 256, 0, math.nan, "x", 2.5]),
-            "max_factor": data.PickValueInList([100.0, 100.0, 1.5, math.inf, *ODD]),
+            "max_factor": data.PickValueInList([None, None, 100.0, 1.5, math.inf, *ODD]),
             "initial_loss": data.PickValueInList([None, 1.0, *ODD]),
             "model": data.PickValueInList([self.model, None]),
             "start": data.PickValueInList(["policy", "given", "x"]),

@@ -20,8 +20,10 @@ from agents.trajectory import TRAJECTORY_FILE
 from agents.tuner import Tuner, pretrained_path
 from hpo_env.hyperparameters import CONTROLS
 from inner_models.tasks import OptimizerName, Task
+from inner_models.training import Training
 from scripts.common import (
     Quiet,
+    at_least,
     check_device,
     check_out,
     console,
@@ -66,9 +68,12 @@ class Config(Quiet):
 
 
 def main(config: Config) -> None:
+    at_least(config, 1, "epochs")
+    at_least(config, 0, "seed")
     check_device(config.device)
     task = Task.named(config.task, horizon=config.epochs, optimizer=config.optimizer)
     policy = ControlPolicy.load(config.policy or pretrained_path())
+    Training(task, config.seed)  # what cannot be made is an error before anything is written
     check_out(config.out)
     write_config(config.out, "apply_policy", config)
     methods = {"policy": with_policy(policy), **baselines()}

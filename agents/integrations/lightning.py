@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -38,7 +39,8 @@ class TunerCallback(pl.Callback):
             measured; of several validations in an epoch the last one counts, and the sanity check does not.
         policy: the policy, or the path of its file; the one that ships with the package when None.
         train_loss: name of a logged training loss; the mean of what `training_step` returned when None.
-        total_epochs: epochs of the run, if that is not the trainer's `max_epochs`.
+        total_epochs: epochs of the run, if that is not the trainer's `max_epochs`, or what its `max_steps` make.
+        examples_per_epoch: training examples in an epoch of all processes, where neither a loader nor its data says.
         arguments: other arguments of `Tuner`, such as `start`, `controls` or `guard`: those of
             `agents.arguments.OptionalArguments`.
 
@@ -47,8 +49,9 @@ class TunerCallback(pl.Callback):
 
     Raises:
         TypeError: an argument that is none of these.
-        ValueError: when `fit` starts: the length of the run is not known, it has several optimizers, or a learning rate
-            scheduler besides the tuner. At the end of an epoch: there is no metric of the given name.
+        ValueError: when `fit` starts: the length of the run is not known, or in steps, of which the tuner would change
+            how many an epoch has; it has several optimizers, or a learning rate scheduler besides the tuner. At the end
+            of an epoch: there is no metric of the given name.
 
     Examples:
         >>> tuned = TunerCallback(monitor="val_loss")  # doctest: +SKIP
@@ -62,12 +65,13 @@ class TunerCallback(pl.Callback):
         policy: ControlPolicy | Path | str | None = None,
         train_loss: str | None = None,
         total_epochs: int | None = None,
+        examples_per_epoch: int | None = None,
         **arguments: Unpack[OptionalArguments],
     ) -> None:
         check_names(arguments)
         self.tuner: Tuner | None = None
         self._monitor, self._train_loss, self._total_epochs = monitor, train_loss, total_epochs
-        self._policy, self._arguments = policy, arguments
+        self._policy, self._arguments, self._examples = policy, arguments, examples_per_epoch
         self._restored: dict[str, Any] = {}
         self._losses: Tensor | float = 0.0  # of the epoch: the sum over as many batches
         self._batches = 0
@@ -107,6 +111,12 @@ class TunerCallback(pl.Callback):
         batches = length_of(self._loader)
         self._share = trainer.num_training_batches / batches if batches else 1.0
         self.tuner = self._make(trainer)
+        if _ends_by_steps(trainer) and "batch_size" in self.tuner.history[0]["hyperparameters"]:
+            self.tuner.close()
+            raise ValueError(
+                f"max_steps={trainer.max_steps} counts optimizer steps, and the tuner changes how many an epoch has: "
+                "give max_epochs alone, or leave 'batch_size' out of TunerCallback(controls=[...])"
+            )
         self._begin_epoch()
         if state:
             self.tuner.load_state_dict(state["tuner"])
@@ -172,13 +182,15 @@ class TunerCallback(pl.Callback):
 
     def _make(self, trainer: pl.Trainer) -> Tuner:
         arguments: dict[str, Any] = {
-            "total_epochs": self._total_epochs or trainer.fit_loop.max_epochs - self._first_epoch,
+            "total_epochs": self._total_epochs or _epochs(trainer) - self._first_epoch,
             "loader": self._loader,
             "model": trainer.model,
             "batches_per_step": trainer.accumulate_grad_batches,
         }
         if self._loader is not None and self._share != 1 and (rows := examples_in(self._loader)):
             arguments["examples_per_epoch"] = max(1, round(rows * self._share)) * trainer.world_size
+        if self._examples is not None:
+            arguments["examples_per_epoch"] = self._examples
         arguments |= self._arguments
         (optimizer,) = trainer.optimizers
         if isinstance(self._policy, ControlPolicy):
@@ -208,6 +220,20 @@ class TunerCallback(pl.Callback):
             trainer.val_check_batch = max(1, int(loop.max_batches * interval))
         elif interval is not None and trainer.check_val_every_n_epoch is not None:
             trainer.val_check_batch = min(interval, loop.max_batches)
+
+
+def _ends_by_steps(trainer: pl.Trainer) -> bool:
+    return trainer.max_steps > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]  # which sets it
+
+
+def _epochs(trainer: pl.Trainer) -> int:
+    """Epochs of a run whose `max_epochs` are set, from its beginning on."""
+    epochs = trainer.fit_loop.max_epochs
+    assert epochs is not None
+    if _ends_by_steps(trainer) and math.isfinite(batches := trainer.num_training_batches):
+        steps = math.ceil(batches / trainer.accumulate_grad_batches)
+        epochs = min(epochs, math.ceil(trainer.max_steps / steps))
+    return epochs
 
 
 def _only_loader(trainer: pl.Trainer) -> Loader | None:

@@ -68,7 +68,8 @@ def test_apply_policy_is_reproducible(door: Door, policy: Path, tmp_path: Path) 
         (["--task", "letter/mpl"], ["'mpl'", "'mlp'"]),
         (["--task", "letter"], ["letter/mlp"]),
         (["--task", "wine/cnn"], ["cnn", "image", "table"]),
-        (["--task", "wine/mlp", "--epochs", "-3"], ["horizon", "-3"]),
+        (["--task", "wine/mlp", "--epochs", "-3"], ["epochs", "-3"]),
+        (["--task", "wine/mlp", "--seed", "-1"], ["seed", "-1"]),
         (["--task", "wine/mlp", "--device", "cdua"], ["'cdua'", "'cuda'"]),
         (["--task", "wine/mlp", "--policy", "nowhere.safetensors"], ["nowhere.safetensors"]),
     ],
@@ -78,6 +79,7 @@ def test_apply_policy_bad_input(
 ) -> None:
     given = arguments if "--policy" in arguments else [*arguments, "--policy", str(policy)]
     one_line(door(apply_policy, *given, "--out", tmp_path / "out", status=2), *parts)
+    assert not (tmp_path / "out").exists()  # so that the mended command can have it
 
 
 def test_missing_extra_names_it(door: Door, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

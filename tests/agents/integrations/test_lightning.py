@@ -444,6 +444,7 @@ class TestMisuse:
             (Adversarial, {}, "one optimizer, not 2"),
             (Module, {"max_epochs": -1}, r"max_epochs is -1: give Trainer\(max_epochs=...\)"),
             (Module, {"max_epochs": None, "max_steps": 9}, r"max_epochs is -1: give Trainer\(max_epochs=...\)"),
+            (Module, {"max_steps": 9}, r"max_steps=9 counts optimizer steps, .* leave 'batch_size' out of Tuner"),
         ],
     )
     def test_is_refused_before_training(self, module: type[Module], arguments: dict[str, Any], message: str) -> None:
@@ -459,9 +460,32 @@ class TestMisuse:
         assert len({group["weight_decay"] for group in module.groups}) == 3
 
     def test_steps_in_place_of_epochs(self) -> None:
-        callback = TunerCallback("val_loss", policy=random_policy(), total_epochs=3)
+        callback = TunerCallback("val_loss", policy=random_policy(), total_epochs=3, controls=["lr"])
         fit(callback, max_epochs=None, max_steps=20)
         assert callback.tuner.total_epochs == 3
+
+    @pytest.mark.parametrize(("accumulated", "epochs"), [(1, 4), (2, 7)])
+    def test_steps_that_end_before_the_epochs(self, accumulated: int, epochs: int) -> None:
+        """Batches of 32 that stay: six an epoch, and so the schedule ends where the run does."""
+        callback = TunerCallback("val_loss", policy=random_policy(), controls=["lr"])
+        batches = math.ceil(ROWS / 32)
+        steps = (epochs - 1) * math.ceil(batches / accumulated) + 1
+        fit(callback, max_epochs=9, max_steps=steps, accumulate_grad_batches=accumulated)
+        assert callback.tuner.total_epochs == epochs
+
+    def test_a_dry_run_is_none_by_steps(self) -> None:
+        callback = TunerCallback("val_loss", policy=random_policy())
+        fit(callback, fast_dev_run=2)
+        assert callback.tuner.total_epochs == 1
+
+    def test_the_length_of_a_stream_can_be_told(self) -> None:
+        class Stream(IterableDataset[Any]):
+            def __iter__(self) -> Iterator[Any]:
+                return iter(zip(DIGITS.train.inputs[:ROWS], DIGITS.train.targets[:ROWS], strict=True))
+
+        callback = TunerCallback("val_loss", policy=random_policy(), examples_per_epoch=ROWS)
+        trainer(callback, max_epochs=2).fit(Module(), DataLoader(Stream(), batch_size=32), val_loader())
+        assert callback.tuner.trajectory.examples_per_epoch == ROWS
 
     @pytest.mark.parametrize("names", [{"monitor": "valid_loss"}, {"train_loss": "loged"}])
     def test_an_unknown_metric_is_named_with_the_nearest(self, names: dict[str, str]) -> None:

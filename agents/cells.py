@@ -21,6 +21,7 @@ import torch
 from joblib import Parallel, delayed
 
 from hpo_env.base_schedules import CALIBRATION_FILE
+from inner_models.datasets import content_of
 from inner_models.sampling import MICRO_BATCH
 from inner_models.tasks import Task, prepare
 from inner_models.workers import one_thread_each
@@ -60,7 +61,7 @@ class Cell:
     def key(self) -> str:
         """What the cell is known by. It goes along to worker processes, whatever becomes of the code meanwhile."""
         version = code_version(type(self.method).__module__)
-        parts = [describe(self.task), describe(self.method), list(self.seeds), version]
+        parts = [describe(self.task), describe(self.method), list(self.seeds), version, content_of(self.task.dataset)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -4,15 +4,18 @@ Everything bundled here comes inside packages and needs no network. Splits are 6
 source has its own order (time, text) or its own test rows. Inputs are standardized with the statistics of the *train*
 split and clipped to +-10; regression targets are standardized the same way (prices after a logarithm). Missing values
 become the train mean. `seed` fixes the split, and the sample of a procedural set; nothing reads a global seed.
-Samples of a set are sets, too: `letter:classes=5,features=8,rows=600` (`inner_models.sub_datasets`).
+Samples of a set are sets, too: `letter:classes=5,features=8,rows=600` (`inner_models.sub_datasets`). A user's own is a
+file, `npz:<path>` (`load_dataset`).
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib
 import importlib.util
 import os
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -89,6 +92,7 @@ class _Source:
     targets: Array  # integer [rows] classes, integer [rows, length] tokens, or float [rows, outputs]
     parts: Array | None = None  # [rows] 0 train, 1 val, 2 test, -1 left out; without any 1, val is cut from train
     vocabulary: int | None = None  # where the rows may not show all of it
+    modality: Modality | None = None  # where the name does not say it
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,18 @@ def dataset_names() -> list[str]:
 def load_dataset(name: str, *, seed: int = 0) -> Dataset:
     """The data set `name`, split by `seed` (memoised).
 
+    `npz:<path>` is a file of `numpy.savez` with `inputs`, `targets` and, if the rows are not to be dealt at random,
+    `parts` (`[rows]`, 0 train, 1 validation, 2 test; without any 1, validation rows are taken from those of 0):
+
+    - inputs: `[rows, features]` (a table), `[rows, length, channels]` (a sequence; NaN where it is over) or
+      `[rows, channels, height, width]` (an image), numbers; or `[rows, length]` tokens, integers from 0, where the
+      targets are tokens.
+    - targets: `[rows]` integers or strings (classes), `[rows]` or `[rows, outputs]` floats (regression), or
+      `[rows, length]` integers (the next token at each place).
+
     Raises:
-        DatasetError: unknown name, negative seed, a package or file that is not installed, or a sample that cannot be
-            drawn.
+        DatasetError: unknown name, negative seed, a package or file that is not installed or not as above, or a sample
+            that cannot be drawn.
     """
     if seed < 0:
         raise DatasetError(f"the seed of a data set must not be negative, got {seed}")
@@ -139,9 +152,10 @@ def _load(name: str, seed: int) -> Dataset:
         target = "classification" if source.targets.ndim == 1 else "next_token"
     train, val, test = _split_rows(source, target, rng)
     inputs, targets, outputs = source.inputs, source.targets, source.vocabulary or int(source.targets.max()) + 1
-    if spec.modality != "text":
+    modality = source.modality or spec.modality
+    if modality != "text":
         # Statistics are per feature of a table, and per channel of an image or a sequence.
-        axes = {"table": (0,), "image": (0, 2, 3), "sequence": (0, 1)}[spec.modality]
+        axes = {"table": (0,), "image": (0, 2, 3), "sequence": (0, 1)}[modality]
         inputs = np.clip(_standardize(inputs, train, axes), -CLIP, CLIP)
     if target == "regression":
         targets, outputs = _standardize(targets, train, (0,)), targets.shape[1]
@@ -150,7 +164,7 @@ def _load(name: str, seed: int) -> Dataset:
         return Split(torch.from_numpy(inputs[rows]), torch.from_numpy(targets[rows]))
 
     shape = tuple(inputs.shape[1:])
-    return Dataset(name, spec.modality, target, shape, outputs, spec.procedural, split(train), split(val), split(test))
+    return Dataset(name, modality, target, shape, outputs, spec.procedural, split(train), split(val), split(test))
 
 
 def _sampling(name: str) -> Sampling | None:
@@ -184,6 +198,10 @@ def _spec(name: str) -> _Spec:
         return _Spec("table", partial(_openml, rest), needs="pandas")
     if prefix == "torchvision" and rest:
         return _Spec("image", partial(_torchvision, rest), needs="torchvision")
+    if prefix == "npz" and rest:
+        if not Path(rest).is_file():
+            raise DatasetError(f"data set {name!r}: there is no file {rest}")
+        return _Spec("table", partial(_npz, Path(rest)))
     if prefix in _REGISTRY and rest:
         raise DatasetError(f"{name!r}: a sub-data set is named like {prefix}:rows=600,seed=3, with options once")
     families = [f"{family}-0..{count - 1}" for family, (_, _, count) in _FAMILIES.items()]
@@ -352,6 +370,55 @@ def _pydoc_topics(rng: Generator) -> _Source:
     text = "".join(topics[key] for key in sorted(topics))
     windows = _classes(list(text))[: len(text) // (WINDOW + 1) * (WINDOW + 1)].reshape(-1, WINDOW + 1)
     return _Source(windows[:, :-1], windows[:, 1:], _contiguous(len(windows)))
+
+
+# -- a user's own ----------------------------------------------------------------------------------------------------
+
+
+def content_of(name: str) -> str | None:
+    """SHA-256 of what a name stands for where that can change: of a user's file; None of any other."""
+    prefix, _, path = parent_of(name).partition(":")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if prefix == "npz" else None
+
+
+_MODALITIES: dict[int, Modality] = {2: "table", 3: "sequence", 4: "image"}
+
+
+def _npz(path: Path, rng: Generator) -> _Source:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("inputs", "targets", "parts") if name in file}
+    except (AttributeError, OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise DatasetError(f"{path} is no file of numpy.savez: {error}") from None
+    lacking = [name for name in ("inputs", "targets") if name not in arrays]
+    if lacking:
+        raise DatasetError(f"{path} lacks {' and '.join(lacking)}")
+    inputs, targets, parts = arrays["inputs"], arrays["targets"], arrays.get("parts")
+    if len({len(array) if array.ndim else -1 for array in arrays.values()}) != 1 or not len(inputs):
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+        raise DatasetError(f"{path}: the arrays must have a row for each example, not {shapes}")
+    if parts is not None and not ({0, 2} <= set(np.unique(parts).tolist()) <= {0, 1, 2} and parts.ndim == 1):
+        raise DatasetError(f"{path}: parts must be 0 (train), 1 (validation) and 2 (test), with some of 0 and 2")
+    if targets.ndim == 2 and targets.dtype.kind in "iu":
+        if inputs.shape != targets.shape or inputs.dtype.kind not in "iu" or min(inputs.min(), targets.min()) < 0:
+            raise DatasetError(f"{path}: inputs of tokens must be integers from 0, in the shape of their targets")
+        vocabulary = int(max(inputs.max(), targets.max())) + 1
+        return _Source(inputs.astype(np.int64), targets.astype(np.int64), parts, vocabulary, "text")
+    if inputs.ndim not in _MODALITIES or inputs.dtype.kind not in "fiub":
+        raise DatasetError(
+            f"{path}: inputs must be numbers, [rows, features], [rows, length, channels] or [rows, channels, height, "
+            f"width], not {inputs.dtype} {list(inputs.shape)}"
+        )
+    if targets.dtype.kind == "f" and targets.ndim in (1, 2) and np.isfinite(targets).all():
+        found = targets.reshape(len(targets), -1).astype(np.float64)
+    elif targets.dtype.kind in "iubU" and targets.ndim == 1:
+        found = _classes(targets)
+    else:
+        raise DatasetError(
+            f"{path}: targets must be classes [rows], finite floats [rows] or [rows, outputs], or tokens, not "
+            f"{targets.dtype} {list(targets.shape)}"
+        )
+    return _Source(inputs.astype(np.float32), found, parts, modality=_MODALITIES[inputs.ndim])
 
 
 # -- downloads, for users with a network -----------------------------------------------------------------------------

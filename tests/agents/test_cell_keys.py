@@ -54,6 +54,14 @@ def policy_variants() -> list[Any]:
     ]
 
 
+def test_what_is_in_a_users_file_matters(tmp_path: Path) -> None:
+    keys = set()
+    for number in (1.0, 2.0, 1.0):
+        np.savez(tmp_path / "own.npz", inputs=np.full((20, 2), number), targets=np.ones(20))
+        keys.add(Cell(Task.named(f"npz:{tmp_path / 'own.npz'}/mlp"), Constant(), (0,)).key)
+    assert len(keys) == 2
+
+
 def test_provenance_and_scores_do_not_matter() -> None:
     told = random_policy()
     told.header = replace(told.header, training={"seed": 1}, scores={"rse": 3})

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import math
 import socket
 import sys
 from importlib.machinery import ModuleSpec
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from inner_models import datasets, generators
 from inner_models.datasets import Dataset, DatasetError, Split, dataset_names, load_dataset
+from inner_models.tasks import Task
+from inner_models.training import Training
 
 # fashion-mnist has its own test: its files come from the system, not from a package.
 BUNDLED = [name for name in dataset_names() if name != "fashion-mnist"]
@@ -367,6 +370,83 @@ def test_torchvision_images(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DatasetError, match=r"torchvision\.datasets has no 'Nothing'"):
         load_dataset("torchvision:Nothing")
     datasets._load.cache_clear()
+
+
+# -- a user's own ----------------------------------------------------------------------------------------------------
+
+
+def own(path: Path, **arrays: Any) -> str:
+    np.savez(path / "own.npz", **arrays)
+    datasets._load.cache_clear()
+    return f"npz:{path / 'own.npz'}"
+
+
+NUMBERS = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "kind", "shape", "outputs"),
+    [
+        (NUMBERS.normal(size=(100, 6)), np.arange(100) % 3 + 7, ("table", "classification"), (6,), 3),
+        (NUMBERS.integers(0, 2, (100, 6), bool), np.array(["a", "b"] * 50), ("table", "classification"), (6,), 2),
+        (NUMBERS.normal(size=(100, 6)), NUMBERS.normal(size=100), ("table", "regression"), (6,), 1),
+        (NUMBERS.normal(size=(100, 9, 2)), NUMBERS.normal(size=(100, 4)), ("sequence", "regression"), (9, 2), 4),
+        (NUMBERS.integers(0, 256, (100, 3, 8, 8)), np.arange(100) % 5, ("image", "classification"), (3, 8, 8), 5),
+        (np.arange(900).reshape(100, 9) % 11, np.arange(1, 901).reshape(100, 9) % 11, ("text", "next_token"), (9,), 11),
+    ],
+    ids=["classes", "names", "regression", "sequence", "image", "text"],
+)  # fmt: skip
+def test_own_files(
+    tmp_path: Path, inputs: Any, targets: Any, kind: tuple[str, str], shape: tuple[int, ...], outputs: int
+) -> None:
+    dataset = load_dataset(own(tmp_path, inputs=inputs, targets=targets))
+    assert (dataset.modality, dataset.target) == kind
+    assert (dataset.input_shape, dataset.outputs, dataset.procedural) == (shape, outputs, False)
+    assert sum(len(split) for split in splits(dataset)) == 100
+    assert len(dataset.train) == pytest.approx(60, abs=3)
+    if kind[0] != "text":
+        assert dataset.train.inputs.dtype == torch.float32
+        assert float(dataset.train.inputs.mean()) == pytest.approx(0, abs=1e-5)
+
+
+def test_own_files_keep_their_parts(tmp_path: Path) -> None:
+    numbers, parts = np.arange(60.0), np.repeat([0, 1, 2], [30, 20, 10])
+    dataset = load_dataset(own(tmp_path, inputs=numbers[:, None], targets=numbers, parts=parts))
+    assert [len(split) for split in splits(dataset)] == [30, 20, 10]
+    dataset = load_dataset(own(tmp_path, inputs=numbers[:, None], targets=numbers, parts=parts // 2 * 2))
+    assert [len(split) for split in splits(dataset)] == [40, 10, 10]
+
+
+def test_own_files_are_tasks_and_have_samples(tmp_path: Path) -> None:
+    name = own(tmp_path, inputs=NUMBERS.normal(size=(100, 6)), targets=np.arange(100) % 3)
+    run = Training(Task.named(f"{name}/mlp", horizon=1), 0)
+    assert math.isfinite(run.advance()["val_loss"])
+    assert load_dataset(f"{name}:classes=2,features=3").input_shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"inputs": np.ones((9, 2))}, "own.npz lacks targets"),
+        ({"inputs": np.ones((9, 2)), "targets": np.ones(8)}, r"each example, not inputs \[9, 2\], targets \[8\]"),
+        ({"inputs": np.ones(9), "targets": np.ones(9)}, r"inputs must be numbers, .* not float64 \[9\]"),
+        ({"inputs": np.ones((9, 2)), "targets": np.full(9, np.nan)}, "targets must be classes .* finite floats"),
+        ({"inputs": np.ones((9, 2)), "targets": np.ones((9, 2), int)}, "inputs of tokens must be integers from 0"),
+        ({"inputs": np.ones((9, 2)), "targets": np.ones(9), "parts": np.ones(9)}, "parts must be 0"),
+        ({"inputs": np.array([[object()]] * 9), "targets": np.ones(9)}, "no file of numpy.savez: Object arrays"),
+    ],
+)  # fmt: skip
+def test_own_files_that_are_not_as_they_must_be(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(own(tmp_path, **arrays))
+
+
+def test_own_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"'npz:nowhere\.npz': there is no file nowhere\.npz"):
+        Task.named("npz:nowhere.npz/mlp")
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(DatasetError, match=r"text\.npz is no file of numpy\.savez"):
+        load_dataset(f"npz:{tmp_path / 'text.npz'}")
 
 
 def test_openml_download() -> None:

@@ -188,7 +188,7 @@ class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
             gymnasium.error.ResetNeeded: there is no episode under way.
         """
         if any(cohort.training is None for cohort in self._cohorts):
-            raise gymnasium.error.ResetNeeded("call reset() first: there is no episode under way")
+            raise gymnasium.error.ResetNeeded("call reset() before step(): there is no episode under way")
         return self._cohorts
 
     def _observations(self) -> Batch:

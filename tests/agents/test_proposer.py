@@ -19,7 +19,7 @@ from hpo_env.hyperparameters import Array
 from inner_models.tasks import Task
 from tests.studied import bowl, studied
 
-SMALL = Config(features=False, hidden=16, trials=6, updates=150, batch=32, lr=2e-2)
+SMALL = Config(features=False, hidden=16, trials=6, updates=200, batch=32, lr=2e-2)
 
 
 def bowls() -> list[Studied]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,13 @@ SMALL = ["--epochs", 3, "--rows", 800, "--blocks", 1]
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On one thread of a processor without AVX-512, oneDNN's gradients of convolutions abort (torch 2.13)."""
     monkeypatch.setattr(measure_large, "DATASETS", {"resnet": "digits", "transformer": "markov-text-0"})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def measured(file: Path) -> dict[str, Any]:

@@ -55,11 +55,11 @@ class BatchSize:
         self.samplers.append(sampler)
 
     def give_back(self) -> None:
-        """Set the batch sizes that the samplers had before, and follow them no more."""
+        """Set the batch sizes that the user's own samplers had before, which take over no other from now on."""
         for sampler, size in self._lent:
             sampler.batch_size = size
+            self.samplers.remove(sampler)
         self._lent.clear()
-        self.samplers.clear()
 
     def state_dict(self) -> list[Any]:
         """The row orders' generators of the samplers that are this project's, as plain values."""

@@ -39,7 +39,8 @@ Batch = NDArray[np.float32]
 
 
 class HPOVectorEnv(VectorEnv[Batch, Batch, NDArray[Any]]):
-    """`HPOEnv` over the batched engine: the same episodes, step by step, for equal seeds, where every cohort is of one.
+    """`HPOEnv` over the batched engine: the same episodes, step by step, for equal seeds (with `tasks`, in cohorts of
+    one).
 
     The sub-environments are divided into cohorts of equal size. The replicas of a cohort share a task and train as one
     batch. With a task distribution, a cohort draws a new task once the task's horizon is over, and with it one episode

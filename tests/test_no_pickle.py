@@ -23,6 +23,7 @@ HARMLESS = {
     "safetensors.torch.load": "bytes of tensors",
     "Proposer.load": "a state file: see agents/state_file.py",
     "store.load": "finished cells, as JSON",
+    "np.load": "arrays alone, unless allow_pickle says otherwise, which is looked for as well",
     "spec.load": "a function that makes a data set",
     "self.state.telemetry.load": "arrays that are there",
 }

@@ -23,11 +23,13 @@ HARMLESS = {
     "safetensors.torch.load": "bytes of tensors",
     "Proposer.load": "a state file: see agents/state_file.py",
     "store.load": "finished cells, as JSON",
-    "np.load": "arrays alone, unless allow_pickle says otherwise, which is looked for as well",
     "spec.load": "a function that makes a data set",
     "self.state.telemetry.load": "arrays that are there",
 }
 """What may be called anywhere, and what it reads."""
+
+REFUSES = "allow_pickle=False"
+"""What makes a call of numpy's read arrays alone."""
 
 FROM_PROCESSES = {
     "inner_models/remote.py": ("pickle", "pickle.loads"),
@@ -39,7 +41,11 @@ FROM_PROCESSES = {
 
 def readers(source: str) -> Iterator[str]:
     """What in `source` could unpickle: modules imported for that, functions that read, arguments that permit it."""
-    for node in ast.walk(ast.parse(source)):
+    nodes = list(ast.walk(ast.parse(source)))
+    refusing = {
+        id(node.func) for node in nodes if isinstance(node, ast.Call) and REFUSES in map(ast.unparse, node.keywords)
+    }
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] in (*PICKLERS, "joblib"))
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -47,7 +53,7 @@ def readers(source: str) -> Iterator[str]:
             for name in (alias.name for alias in node.names):
                 if root in PICKLERS or name in READERS or (root == "joblib" and name not in ("Parallel", "delayed")):
                     yield f"{node.module}.{name}"
-        elif isinstance(node, ast.Attribute) and node.attr in READERS:
+        elif isinstance(node, ast.Attribute) and node.attr in READERS and id(node) not in refusing:
             yield ast.unparse(node)
         elif isinstance(node, ast.Constant) and node.value in (*PICKLERS, *READERS):
             yield repr(node.value)  # for getattr and import_module
@@ -103,6 +109,7 @@ def test_unpickling_is_found(source: str) -> None:
         "from joblib import Parallel, delayed",
         "np.load_list, np.loadtxt('a')",
         "np.savez(path, allow_pickle=False)",
+        "np.load('a.npz', allow_pickle=False)",
         "module.load_state_dict(state)",
         "from safetensors.torch import load as deserialize",
     ],

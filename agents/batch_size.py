@@ -56,7 +56,7 @@ class BatchSize:
 
     def give_back(self) -> None:
         """Set the batch sizes that the user's own samplers had before, which take over no other from now on."""
-        for sampler, size in self._lent:
+        for sampler, size in reversed(self._lent):  # one that was followed twice had its own at first
             sampler.batch_size = size
             self.samplers.remove(sampler)
         self._lent.clear()

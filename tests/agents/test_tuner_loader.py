@@ -185,6 +185,8 @@ def test_a_closed_tuner_gives_the_batch_size_back() -> None:
     for _ in range(2):
         tuner = attached(loader, start="given", max_factor=2)
         assert tuner.hyperparameters["batch_size"] == 80
+        assert isinstance(loader.batch_sampler, torch.utils.data.BatchSampler)
+        tuner.follow(loader.batch_sampler)  # once more, which changes nothing
         tuner.close()
         assert sizes(loader) == [40, 40, 20]
 

@@ -75,12 +75,12 @@ def main(config: Config) -> None:
     policy = ControlPolicy.load(config.policy or pretrained_path())
     Training(task, config.seed)  # what cannot be made is an error before anything is written
     check_out(config.out)
-    write_config(config.out, "apply_policy", config)
     methods = {"policy": with_policy(policy), **baselines()}
     results = compare(task, methods, config.seed, config.device, config.out)
     write_json(config.out / RESULT_FILE, results)
     if config.json:
         write_json(config.json, results)
+    write_config(config.out, "apply_policy", config)  # last: marks the folder as done
     console.print(tensorboard_hint(config.out), soft_wrap=True)
 
 
@@ -97,7 +97,7 @@ def compare(
     runs: dict[str, Run] = {}
     with progress_bar(f"training {task.name}", task.horizon * len(methods)) as update:
         for index, (name, attach) in enumerate(methods.items()):
-            with SummaryWriter(str(out / name)) as writer:
+            with SummaryWriter(str(out / name), purge_step=0) as writer:  # what an interrupted call left does not count
                 if not index:
                     writer.add_text(ABOUT, about(RUN_TAGS, "epochs"))
                 runs[name] = train(

@@ -142,6 +142,31 @@ def test_apply_policy_refuses_a_folder_that_holds_a_run(door: Door, policy: Path
     assert (out / "result.json").read_bytes() == before
 
 
+def test_apply_policy_begins_anew_after_an_interruption(
+    door: Door, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, train, calls = tmp_path / "out", apply_policy.train, 0
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return train(*arguments, **named)
+
+    monkeypatch.setattr(apply_policy, "train", interrupted)
+    arguments = ["--policy", policy, "--task", "wine/mlp", "--epochs", 2, "--out", out]
+    assert "interrupted" in door(apply_policy, *arguments, status=130)
+    assert len(list((out / "policy").glob("events.*"))) == 1
+    door(apply_policy, *arguments)
+    assert len(list((out / "policy").glob("events.*"))) == 2
+    events = EventAccumulator(str(out / "policy"))
+    events.Reload()
+    losses = json.loads((out / "result.json").read_text())["policy"]["val_loss"]
+    assert [event.value for event in events.Scalars("inner/val_loss")] == pytest.approx(losses)
+    one_line(door(apply_policy, *arguments, status=2), "already holds a run")
+
+
 def test_the_example_is_short_and_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(plain_pytorch, "EPOCHS", 3)
     plain_pytorch.main()

@@ -20,6 +20,7 @@ from agents.tuner import pretrained_path
 from hpo_env.hyperparameters import CONTROLS
 from scripts.common import (
     Quiet,
+    at_least,
     beside,
     check_device,
     check_out,
@@ -72,6 +73,7 @@ class Config(Quiet):
 
 
 def main(config: Config) -> None:
+    at_least(config, 1, "workers")
     check_device(config.device)
     require("matplotlib", extra="compare")  # rather now than after minutes
     policy = ControlPolicy.load(config.policy or pretrained_path())

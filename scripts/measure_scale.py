@@ -14,7 +14,7 @@ from agents.policy import ControlPolicy
 from agents.scale import OTHERS, Point, measure
 from agents.tuner import pretrained_path
 from inner_models.tasks import Task
-from scripts.common import Quiet, check_device, console, known, run_main, work_bar, write_json
+from scripts.common import Quiet, at_least, check_device, console, known, run_main, work_bar, write_json
 from scripts.evaluate import default_cache
 from scripts.reporting.sheet import Sheet
 
@@ -57,6 +57,7 @@ class Config(Quiet):
 
 
 def main(config: Config) -> None:
+    at_least(config, 1, "seeds", "workers")
     check_device(config.device)
     policy = ControlPolicy.load(config.policy or pretrained_path())
     started = time.perf_counter()

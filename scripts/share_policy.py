@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -80,9 +81,16 @@ def main(config: Config) -> None:
         export(policy, what.out)
         console.print(f"{what.out}: policy {policy.digest}", soft_wrap=True)
         return
-    results = read_json(what.results.read_text()) if what.results else None
+    results = _results(what.results) if what.results else None
     commit = push(policy, what.repo, private=what.private, results=results)
     console.print(f"{what.repo}: policy {policy.digest} at revision {commit}", soft_wrap=True)
+
+
+def _results(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--results {path} is not what scripts/evaluate.py --json writes: {error}") from None
 
 
 if __name__ == "__main__":

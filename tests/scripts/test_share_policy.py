@@ -24,7 +24,7 @@ def test_there_and_back(door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for call in (hub.push, hub.pull):
             monkeypatch.setattr(share_policy, call.__name__, partial(call, endpoint=running.endpoint, token=TOKEN))
         push = partial(door, share_policy, "push", "--repo", REPO, "--results")
-        one_line(push(ROOT / "pyproject.toml", status=2))
+        one_line(push(ROOT / "pyproject.toml", status=2), "--results", "pyproject.toml is not what")
         push(ROOT / "results/meta_test.json")
         repository = running.repositories[REPO]
         assert b"`letter/mlp`" in repository.commits[repository.refs["main"]]["README.md"]

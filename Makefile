@@ -23,7 +23,7 @@ test: install
 check: install
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
-	$(PYTHON) -m mypy
+	MYPY_NUM_WORKERS=2 $(PYTHON) -m mypy
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

@@ -5,21 +5,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from agents.ppo import Progress, meta_train
 from agents.presets import PRESETS
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_smoke_preset_raises_the_meta_validation_return(tmp_path: Path, seed: int) -> None:
+def test_smoke_preset_raises_the_meta_validation_return(tmp_path: Path) -> None:
     returns: list[float] = []
 
     def report(progress: Progress) -> None:
         if progress.score:
             returns.append(progress.score.mean_return)
 
-    policy = meta_train(PRESETS["smoke"], tmp_path / "run", seed=seed, report=report)
+    policy = meta_train(PRESETS["smoke"], tmp_path / "run", seed=1, report=report)
     assert len(returns) == 4
     assert returns[-1] > returns[0]
     assert policy.header.scores["mean_return"] >= returns[0]

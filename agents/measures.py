@@ -97,23 +97,31 @@ def trials_to_reach(expected: ArrayLike, loss: float) -> int:
     return int(reached.argmax()) + 1 if reached.any() else len(reached)
 
 
-def equivalents_interval(bank: ArrayLike, losses: ArrayLike, resamples: int = 300, seed: int = 0) -> Interval:
-    """`random_search_equivalents` of the mean of `losses`, with its 95 % bootstrap percentile interval.
+def equivalents_interval(
+    banks: Sequence[ArrayLike], losses: Sequence[ArrayLike], resamples: int = 300, seed: int = 0
+) -> Interval:
+    """Median over tasks of the `random_search_equivalents` of a run's mean loss, with its 95 % bootstrap percentile
+    interval: how it varies with seeds and searches, not with the choice of tasks.
 
     Args:
-        bank: `[N]`, at least 2; resampled, for another search would have drawn other trials.
-        losses: of the run to judge, `[seeds]`, at least 2; resampled too.
+        banks: of each task, `[N]`, at least 2 trials; resampled, for another search would have drawn others.
+        losses: of the run to judge on each task, `[seeds]`, at least 2; resampled too.
     """
 
     def statistic(trials: Array, runs: Array) -> float:
         return float(random_search_equivalents(trials, float(runs.mean())))
 
-    data = (_checked("bank", bank, 1), _checked("losses", losses, 1))
-    ends = bootstrap(
-        data, statistic, n_resamples=resamples, vectorized=False, method="percentile",
-        random_state=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return Interval(statistic(*data), float(ends.low), float(ends.high))
+    rng = np.random.default_rng(seed)
+    values, resampled = [], []
+    for bank, own in zip(banks, losses, strict=True):
+        data = (_checked("bank", bank, 1), _checked("losses", own, 1))
+        values.append(statistic(*data))
+        result = bootstrap(
+            data, statistic, n_resamples=resamples, vectorized=False, method="percentile", random_state=rng
+        )
+        resampled.append(result.bootstrap_distribution)
+    low, high = np.percentile(np.median(resampled, axis=0), [2.5, 97.5])
+    return Interval(float(np.median(values)), float(low), float(high))
 
 
 def speedup(multiples: ArrayLike, baseline: ArrayLike, loss: float) -> float:

@@ -54,8 +54,11 @@ def summarize(evaluation: Evaluation) -> dict[str, Any]:
     tasks = {label: _task(evaluation, label) for label in evaluation.tasks}
     methods = [name for name in evaluation.runs if name != "policy"]
     speedups = interquartile_mean([np.log(task["speedup"]) for task in tasks.values()])
+    banks = [losses(evaluation.banks[label], "val") for label in tasks]
+    equivalents = equivalents_interval(banks, [losses(evaluation.runs["policy"][label], "val") for label in tasks])
     summary: dict[str, Any] = {
-        "rse_median": float(np.median([task["rse"] for task in tasks.values()])),
+        "rse_median": equivalents.value,
+        "rse_median_ci": [equivalents.low, equivalents.high],
         "rse_by_task": {label: task["rse"] for label, task in tasks.items()},
         "rse_calibrated_by_task": {label: task["rse_calibrated"] for label, task in tasks.items()},
         "rse_test_median": float(np.median([task["rse_test"] for task in tasks.values()])),
@@ -126,7 +129,7 @@ def _task(evaluation: Evaluation, label: str) -> dict[str, Any]:
     curve = [_geometric_mean(losses(evaluation.budgets[label][multiple], "val")) for multiple in multiples]
     speedups = [speedup(multiples, curve, loss) for loss in own.tolist()]
     expected = {measure: _expected(evaluation, label, measure) for measure in MEASURES}
-    equivalents = equivalents_interval(bank, own)
+    equivalents = equivalents_interval([bank], [own])
     costs = [cost for cost in COSTS if cost <= len(bank)]
     best_on_test = bank[np.argsort(losses(trials, "test_final"), kind="stable")[:BEST_ON_TEST]].tolist()
     return {

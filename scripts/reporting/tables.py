@@ -181,7 +181,7 @@ def _headline(result: Mapping[str, Any]) -> Sheet:
     rse = [list(summary[key].values()) for key in ("rse_by_task", "rse_calibrated_by_task")]
     blank = [""] * len(others)
     rows = [
-        ["RSE, median over tasks", _median(rse[0], cap), _median(rse[1], cap)],
+        ["RSE, median over tasks", f"{_median(rse[0], cap)} {_ends(summary['rse_median_ci'])}", _median(rse[1], cap)],
         ["RSE on test, on best val", f"{_rse(summary['rse_test_median'], cap)}, "
          f"{_rse(summary['rse_best_val_median'], cap)}", ""],
         ["speedup", _times(summary["speedup_iqm"], summary["speedup_ci"]), ""],
@@ -209,8 +209,7 @@ def _by_task(result: Mapping[str, Any], by_seed: bool) -> Sheet:
     cap = result["summary"]["rse_cap"]
     rows = []
     for label, task in result["tasks"].items():
-        low, high = task["rse_ci"]
-        cells = [label, str(task["horizon"]), f"{_rse(task['rse'], cap)} [{low:.0f}, {high:.0f}]"]
+        cells = [label, str(task["horizon"]), f"{_rse(task['rse'], cap)} {_ends(task['rse_ci'])}"]
         cells += [_rse(task[key], cap) for key in ("rse_calibrated", "rse_of_best_on_test", "rse_test", "rse_best_val")]
         cells.append(_speedups(task))
         cells += [_of_task(task["methods"][REFERENCE], measure) for measure in MEASURES]
@@ -403,6 +402,12 @@ def _share(value: float) -> str:
 def _rse(value: float, cap: int) -> str:
     """The cap also stands for everything above it."""
     return f"{'>= ' if value >= cap else ''}{value:g}"
+
+
+def _ends(interval: Sequence[float]) -> str:
+    """Of random-search equivalents."""
+    low, high = interval
+    return f"[{low:.0f}, {high:.0f}]"
 
 
 def _times(value: float, interval: Sequence[float] = ()) -> str:

@@ -14,6 +14,7 @@ from agents.measures import (
     LOSS_FLOOR,
     Interval,
     capped,
+    equivalents_interval,
     expected_at_best,
     expected_best,
     interquartile_mean,
@@ -95,6 +96,22 @@ def test_random_search_equivalents_of_its_own_bank(seed: int) -> None:
     assert random_search_equivalents(bank, bank.min() * (1 + 1e-9)) == 256
     assert random_search_equivalents(bank, bank.mean()) == 1
     assert [random_search_equivalents(bank, loss) for loss in expected_best(bank)] == list(range(1, 257))
+
+
+def test_interval_of_the_median_of_equivalents() -> None:
+    """Where neither trials nor seeds differ, nothing varies; else as the tasks' own intervals do."""
+    same, cap = [1.0] * 16, [2.0] * 16
+    settled = equivalents_interval([same, cap, same], [[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]])
+    assert (settled.value, settled.low, settled.high) == (1, 1, 1)
+    bank, runs = np.linspace(1, 2, 64), [1.01, 1.02, 1.2]
+    alone, far = (equivalents_interval([bank], [own]) for own in (runs, [2.0, 2.0]))
+    assert alone.low < alone.value < alone.high
+    assert (far.value, far.low, far.high) == (1, 1, 1)
+    thrice = equivalents_interval([bank] * 3, [runs] * 3)
+    assert thrice.value == alone.value
+    assert alone.low <= thrice.low < thrice.value < thrice.high < alone.high  # the median of three varies less
+    between = equivalents_interval([bank, bank], [runs, [2.0, 2.0]])
+    assert between.value == (alone.value + 1) / 2
 
 
 def test_random_search_equivalents_of_equal_losses() -> None:

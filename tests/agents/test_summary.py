@@ -38,6 +38,8 @@ def test_a_policy_as_good_as_the_best_of_the_bank() -> None:
     # On b, half of the bank is as good: any 5 of the 8 have one of those.
     assert found["rse_by_task"] == {"a": 8, "b": 5}
     assert found["rse_median"] == 6.5
+    low, high = found["rse_median_ci"]
+    assert low < 6.5 < high <= 8
     assert found["rse_cap"] == 8
 
 

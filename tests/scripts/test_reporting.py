@@ -133,7 +133,12 @@ def test_overview_renders_with_the_figures(evaluation: Evaluation, result: dict[
     headline = next(cells for cells in lines if cells[0] == "val log ratio to it")
     assert headline[2] == f"{summary['val_log_ratio_iqm']:+.3f} [{low:+.3f}, {high:+.3f}]"
     rse = next(cells for cells in lines if cells[0] == "RSE, median over tasks")
-    assert rse[1:3] == [f"{summary['rse_median']:g}", f"{result['tasks']['wine/mlp']['rse_calibrated']}"]
+    low, high = summary["rse_median_ci"]
+    assert low <= summary["rse_median"] <= high
+    assert rse[1:3] == [
+        f"{summary['rse_median']:g} [{low:.0f}, {high:.0f}]",
+        f"{result['tasks']['wine/mlp']['rse_calibrated']}",
+    ]
     assert next(cells for cells in lines if cells[0] == "policy")[1:5] == ["0.5100", "0.5100", "0.5610", "0.6120"]
     assert next(cells for cells in lines[::-1] if cells[0] == "constant")[-2] == "1"  # lost
 

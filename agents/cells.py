@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,7 @@ def describe(value: Any) -> Any:
     raise TypeError(f"no description of a {type(value).__name__}")
 
 
-@lru_cache
+@cache
 def code_version(module: str) -> str:
     """Hash of the code that a method runs: its module, what trains it, and all of this project that these import."""
     digest = hashlib.sha256()
@@ -216,20 +216,30 @@ def _needed(module: Path) -> set[Path]:
     found, left = {module}, [module]
     while left:
         path = left.pop()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                name = f"{path.parent.name}.{node.module}" if node.level else node.module
-                imported = {_path(name), *(_path(f"{name}.{alias.name}") for alias in node.names)}
-                new = {file for file in imported if file.is_file()} - found
-                found |= new
-                left += new
+        for module_name, relative, names in _imports(path.read_text()):
+            name = f"{path.parent.name}.{module_name}" if relative else module_name
+            imported = {_path(name), *(_path(f"{name}.{other}") for other in names)}
+            new = {file for file in imported if file.is_file()} - found
+            found |= new
+            left += new
     return found
+
+
+@cache
+def _imports(source: str) -> list[tuple[str, bool, list[str]]]:
+    """What `source` imports by `from ... import ...`: module, whether relative to its own package, names."""
+    return [
+        (node.module, node.level > 0, [alias.name for alias in node.names])
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and node.module
+    ]
 
 
 def _path(module: str) -> Path:
     return _ROOT / (module.replace(".", "/") + ".py")
 
 
+@cache  # most modules are behind most methods
 def _code_of(source: str) -> str:
     """`source` without comments, docstrings and formatting, as this version of Python writes it."""
     tree = ast.parse(source)

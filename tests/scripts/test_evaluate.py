@@ -51,6 +51,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(evaluation.BUDGETS, "full", budget)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figures, which take most of the time."""
+    monkeypatch.setattr(evaluate, "figures", lambda *_: {})
+
+
 def judge(door: Door, policy: Path, out: Path, *arguments: object, status: int = 0) -> str:
     own = ("--policy", policy, "--budget", "full", "--workers", 1, "--out", out)
     return door(evaluate, *own, *arguments, status=status)
@@ -86,6 +92,7 @@ def test_what_it_leaves_behind(door: Door, policy: Path, tmp_path: Path) -> None
     assert named == {(task, "tpe", f"seed{seed}") for task in result["tasks"] for seed in (0, 1)}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_nothing_is_run_twice(door: Door, policy: Path, tmp_path: Path, computed: list[Cell]) -> None:
     judge(door, policy, tmp_path / "a")
     assert len({cell.key for cell in computed}) == len(computed) > 0
@@ -138,6 +145,7 @@ def test_what_was_learned_stands_beside_the_policy(door: Door, policy: Path, tmp
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_it_goes_on_after_an_interruption(
     door: Door, policy: Path, tmp_path: Path, computed: list[Cell], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +163,7 @@ def test_it_goes_on_after_an_interruption(
     assert len({cell.key for cell in computed}) == len(computed)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_longer_runs_of_larger_models(door: Door, policy: Path, tmp_path: Path, computed: list[Cell]) -> None:
     scale = ("--horizon-factor", 2, "--width-factor", 2)
     judge(door, policy, tmp_path / "a", "--tasks", "wine", "wine/mlp", *scale)  # the same task, named twice

@@ -103,9 +103,9 @@ def test_nothing_else_is_found(complaints: list[str]) -> None:
 
 def test_the_installed_packages_are_found(tmp_path: Path) -> None:
     """From a folder of the user's own, in the environment that runs these tests. An editable install must be one that
-    type checkers can follow: `make install` asks for that."""
+    type checkers can follow: `make install` asks for that. What is in them is not looked at."""
     (tmp_path / "mine.py").write_text("import agents\n\nprint(agents.Tuner)\n")
-    options = ["--strict", "--follow-imports", "skip", "--cache-dir", str(ROOT / ".mypy_cache/installed")]  # found is all
+    options = ["--strict", "--follow-imports", "skip", "--cache-dir", str(ROOT / ".mypy_cache/installed")]
     command = [sys.executable, "-m", "mypy", *options, "mine.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from agents.application import train
 from agents.policy import ControlPolicy
 from agents.ppo import validation_history
 from agents.presets import PRESETS
@@ -145,7 +146,7 @@ def test_apply_policy_refuses_a_folder_that_holds_a_run(door: Door, policy: Path
 def test_apply_policy_begins_anew_after_an_interruption(
     door: Door, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, train, calls = tmp_path / "out", apply_policy.train, 0
+    out, calls = tmp_path / "out", 0
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
         nonlocal calls

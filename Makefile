@@ -7,11 +7,12 @@ EDITABLE := --config-settings editable_mode=compat
 
 install: .venv/.installed
 
-# torch goes first: its build (CPU or CUDA) is then settled before anything else asks for it.
+# torch goes first: its build (CPU or CUDA) is then settled before anything else asks for it. Nothing is compiled ahead:
+# Python does that at a first import, and most of these packages' modules are never imported.
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(PYTHON) || python3 -m venv .venv
-	$(PYTHON) -m pip install -c constraints.txt torch
-	$(PYTHON) -m pip install -c constraints.txt $(EDITABLE) -e '.[compare,data,dev,docs,hub,lightning,onnx,transformers]'
+	$(PYTHON) -m pip install --no-compile -c constraints.txt torch
+	$(PYTHON) -m pip install --no-compile -c constraints.txt $(EDITABLE) -e '.[compare,data,dev,docs,hub,lightning,onnx,transformers]'
 	touch $@
 
 demo: install

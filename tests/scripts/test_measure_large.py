@@ -16,7 +16,7 @@ from scripts import measure_large
 from scripts.measure_large import METHODS, residual_network
 from tests.scripts.doors import Door, one_line
 
-SMALL = ["--epochs", 3, "--rows", 800, "--blocks", 1]
+SMALL = ["--epochs", 3, "--rows", 400, "--blocks", 1]
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_goes_on_where_it_stopped(door: Door, tmp_path: Path, monkeypatch: pytes
     door(measure_large, *arguments, "--seeds", 2)
     assert trained == [("policy", 1), ("adamw", 1)]
     assert measured(file)["runs"][:2] == first
-    one_line(door(measure_large, *arguments, "--rows", 100, status=2), "a.json holds runs of another setting", "800")
+    one_line(door(measure_large, *arguments, "--rows", 100, status=2), "a.json holds runs of another setting", "400")
 
 
 def test_a_run_that_diverges_is_one_of_them(door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
